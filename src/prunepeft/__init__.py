@@ -1,0 +1,85 @@
+"""prunepeft: find out which PEFT modules a task needs under a budget, and train only those.
+
+`import prunepeft` is light: names load their modules on first use. It also makes the tuner known
+to peft, so that `PeftModel.from_pretrained` opens checkpoints of this package.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from prunepeft import _plugin
+from prunepeft._version import __version__
+
+if TYPE_CHECKING:
+    from prunepeft.budget import Budget
+    from prunepeft.callback import PruneCallback
+    from prunepeft.candidates import make_space
+    from prunepeft.criteria import CRITERIA
+    from prunepeft.errors import PrunePeftError
+    from prunepeft.kinds import KINDS
+    from prunepeft.run import search_model as search
+    from prunepeft.sites import find_sites
+    from prunepeft.space import Placement, SearchSpace, Site, Slot
+    from prunepeft.strategies import METHODS
+    from prunepeft.supernet.attach import attach, detach, placement_of
+    from prunepeft.supernet.export import export_adapter
+    from prunepeft.supernet.tuner import UnionConfig
+
+_WHERE = {
+    "search": "prunepeft.run:search_model",
+    "find_sites": "prunepeft.sites",
+    "make_space": "prunepeft.candidates",
+    "attach": "prunepeft.supernet.attach",
+    "detach": "prunepeft.supernet.attach",
+    "placement_of": "prunepeft.supernet.attach",
+    "export_adapter": "prunepeft.supernet.export",
+    "Budget": "prunepeft.budget",
+    "Placement": "prunepeft.space",
+    "SearchSpace": "prunepeft.space",
+    "Site": "prunepeft.space",
+    "Slot": "prunepeft.space",
+    "UnionConfig": "prunepeft.supernet.tuner",
+    "PruneCallback": "prunepeft.callback",
+    "PrunePeftError": "prunepeft.errors",
+    "KINDS": "prunepeft.kinds",
+    "CRITERIA": "prunepeft.criteria",
+    "METHODS": "prunepeft.strategies",
+}
+
+__all__ = [
+    "search",
+    "find_sites",
+    "make_space",
+    "attach",
+    "detach",
+    "placement_of",
+    "export_adapter",
+    "Budget",
+    "Placement",
+    "SearchSpace",
+    "Site",
+    "Slot",
+    "UnionConfig",
+    "PruneCallback",
+    "PrunePeftError",
+    "KINDS",
+    "CRITERIA",
+    "METHODS",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'prunepeft' has no attribute {name!r}")
+    module, _, inner = _WHERE[name].partition(":")
+    value = getattr(import_module(module), inner or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_plugin.install()

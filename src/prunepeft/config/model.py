@@ -1,0 +1,149 @@
+"""RunConfig: every setting of a run, with its default, its limits and one line of help."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prunepeft.budget import Budget
+from prunepeft.config.fields import (
+    Count,
+    Criteria,
+    FullShare,
+    Kinds,
+    Method,
+    Mode,
+    NotNegative,
+    Options,
+    Pair,
+    Positive,
+    Rates,
+    Roles,
+    Seed,
+    Share,
+    Sizes,
+    TaskName,
+    Text,
+)
+from prunepeft.config.names import (
+    CRITERION_NAMES,
+    KIND_NAMES,
+    METHOD_NAMES,
+    PAPER_CRITERION_NAMES,
+    TASK_NAMES,
+)
+from prunepeft.errors import ConfigError
+
+__all__ = [
+    "CRITERION_NAMES",
+    "KIND_NAMES",
+    "METHOD_NAMES",
+    "TASK_NAMES",
+    "RunConfig",
+    "SearchSettings",
+    "TrainSettings",
+]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+def _about(default: Any, text: str, **limits: Any) -> Any:
+    """A field with its help, which `template` prints as a comment."""
+    if isinstance(default, list | dict):
+        return Field(default_factory=lambda: type(default)(default), description=text, **limits)
+    return Field(default, description=text, **limits)
+
+
+class TrainSettings(_Settings):
+    """How the survivor is trained; the search trains the same way unless it says otherwise."""
+
+    epochs: Count = _about(3, "passes over the training rows")
+    lr: Positive = _about(5e-4, "peak learning rate")
+    lr_by_kind: Rates = _about({}, "learning rate of single kinds, e.g. {lora: 2e-4}")
+    batch_size: Count = _about(16, "rows per optimiser step, over all devices")
+    gradient_accumulation: Count = _about(1, "pieces a batch is cut into, to save memory")
+    max_length: Count | None = _about(None, "longest row in tokens; null: from model and data")
+    max_rows: Pair | None = _about(None, "use at most this many training rows, chosen by seed")
+    weight_decay: NotNegative = _about(0.01, "decay of the modules' weights")
+    warmup_ratio: Share = _about(0.06, "share of the steps in which the rate rises")
+    lr_schedule: Literal["linear", "cosine", "constant"] = _about("linear", "fall of the rate")
+    max_grad_norm: Positive = _about(1.0, "gradients are scaled down to this norm")
+    gradient_checkpointing: bool = _about(False, "recompute activations to save memory")
+    eval_batch_size: Count = _about(64, "rows per batch in evaluation")
+
+
+class SearchSettings(_Settings):
+    """How the modules to keep are found."""
+
+    fidelity: FullShare = _about(1.0, "share of the training rows the search sees")
+    rounds: Count = _about(3, "train-and-prune rounds")
+    warmup: bool = _about(True, "choose the criteria of every partition on the task itself")
+    per_round: Count | None = _about(None, "modules removed per round; null: from the budget")
+    epochs: Count = _about(1, "passes per round")
+    reinit: Literal["reset", "keep", "init"] = _about(
+        "reset", "weights at the start of a round: fresh, those trained so far, or the first ones"
+    )
+    criteria: Criteria = _about(list(PAPER_CRITERION_NAMES), "candidates for the partitions")
+    mode: Mode = _about(
+        "hybrid", "hybrid, none, random, no_partitions, or single:<criterion> (ablations)"
+    )
+    paper_exact: bool = _about(False, "leave out the correction for partitions of unequal size")
+    warmup_rows: Count = _about(100, "rows of the warm-up, stratified by label")
+    warmup_epochs: Count = _about(3, "passes per warm-up turn")
+    warmup_turns: Count = _about(3, "warm-up turns per criterion")
+    lr: Positive | None = _about(None, "learning rate of the search; null: train.lr")
+
+
+class RunConfig(_Settings):
+    """Every setting of a run."""
+
+    model: Text = Field(description="folder or hub id of the base model")
+    data: Text = Field(description="jsonl, csv, tsv, parquet, folder of splits, or hub id")
+    budget: str | None = _about(None, "0.5%, 120k, 1.2M, '12 modules' or rank:64")
+    task: TaskName | None = _about(None, "seq-cls, regression or causal-lm; null: from the data")
+    columns: dict[str, Text] | None = _about(None, "role -> column, e.g. {text: sentence}")
+    metric: Text | None = _about(None, "what decides; null: the task's default")
+    validation_fraction: Share = _about(
+        0.1, "split off the training rows if the data has no validation split", gt=0
+    )
+    method: Method = _about("prunepeft", "how to search")
+    kinds: Kinds = _about(["lora", "serial_adapter"], "kinds of module to choose from")
+    space: Literal["default", "paper"] = _about("default", "sizes scaled to the budget, or fixed")
+    sizes: Sizes = _about({}, "allowed sizes per kind, e.g. {lora: [4, 8]}")
+    options: Options = _about({}, "options per kind, e.g. {lora: {rslora: true}}")
+    roles: Roles = _about({}, "where a kind goes; + ties roles, e.g. {lora: q+v}")
+    output: Text | None = _about(None, "run folder; null: runs/<data>-<method>-<seed>")
+    seed: Seed = _about(0, "fixes splits, initial values and the order of rows")
+    device: Literal["auto", "cpu", "cuda"] = _about("auto", "where to compute")
+    precision: Literal["auto", "fp32", "bf16"] = _about("auto", "number format of the base model")
+    baseline: Literal["none", "lora", "lora-all"] = _about(
+        "none", "also train plain LoRA at equal budget: on query and value, or on all linears"
+    )
+    arch: Text | None = _about(None, "arch.json to train instead of searching")
+    strategy: Text | None = _about(None, "strategy.json to use instead of a warm-up")
+    offline: bool = _about(False, "never ask the network")
+    trust_remote_code: bool = Field(
+        False, description="run code that comes with the model (command line only)", exclude=True
+    )
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    search: SearchSettings = Field(default_factory=SearchSettings)
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.budget is None and self.arch is None:
+            raise ConfigError("budget is missing; give for example budget=1% (or arch=arch.json)")
+        if self.budget is not None:
+            Budget.parse(self.budget)
+        for name in ("sizes", "options", "roles"):
+            unused = sorted(set(getattr(self, name)) - set(self.kinds))
+            if unused and self.arch is None:
+                raise ConfigError(
+                    f"{name} names {', '.join(unused)}, which is not among kinds "
+                    f"({', '.join(self.kinds)}); add it to kinds or drop it from {name}"
+                )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON types; `trust_remote_code` is never written to a file."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,259 @@
+"""Statistics of a training pass as running sums on the device; nothing of a step is kept."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prunepeft.criteria.base import NEEDS, Record, unit_means
+from prunepeft.errors import ConfigError, StateError
+
+
+class Module(Protocol):
+    """One module on a layer, as the layer hands it to its observer."""
+
+    slot_id: str
+
+
+class Observable(Protocol):
+    """A layer that calls `observer(module, delta)` in forward with each module's contribution."""
+
+    training: bool
+    observer: Callable[[Module, Tensor], None] | None
+
+
+class Recorder:
+    """Records what criteria need while a model trains; a context manager.
+
+    Call `step()` once per optimiser step, between backward and `optimizer.step()`, when the
+    gradients of all micro-batches are summed. With a loss scaler, call it after unscaling and
+    only for steps that are not skipped. `step()` never waits for the device.
+
+    Args:
+        units: Unit id -> its trainable parameters over all tied sites.
+        layers: Layers to watch for outputs; a module counts for the unit of its `slot_id`.
+        needs: What to collect, a subset of `NEEDS`.
+        output_every: Outputs are sampled in the first optimiser step and then every so many.
+    Raises:
+        ConfigError: if `needs` or `output_every` is not allowed.
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> with Recorder({"a": [layer.weight]}, needs={"gradients"}) as recorder:
+        ...     layer(torch.tensor([[1.0, 3.0]])).sum().backward()
+        ...     recorder.step()
+        >>> recorder.read().abs_grad_mean.tolist()
+        [2.0]
+    """
+
+    def __init__(
+        self,
+        units: Mapping[str, Sequence[nn.Parameter]],
+        layers: Sequence[Observable] = (),
+        needs: Collection[str] = NEEDS,
+        output_every: int = 4,
+    ) -> None:
+        if unknown := sorted(set(needs) - NEEDS):
+            raise ConfigError(
+                f"cannot record {', '.join(unknown)}; allowed: {', '.join(sorted(NEEDS))}."
+            )
+        if output_every < 1:
+            raise ConfigError(f"output_every must be 1 or more; got {output_every}.")
+        self.units = {unit: tuple(parameters) for unit, parameters in units.items()}
+        self.layers = tuple(layers)
+        self.needs = frozenset(needs)
+        self.output_every = output_every
+        self._recording = False
+        self._init_rms = torch.empty(0)
+        self._sums: list[_GradientSums] = []
+        self.reset()
+
+    @classmethod
+    def for_net(
+        cls, net: nn.Module, needs: Collection[str] = NEEDS, output_every: int = 4
+    ) -> "Recorder":
+        """Recorder of all modules of a supernet."""
+        # The supernet needs peft; recording plain modules does not.
+        from prunepeft.supernet.attach import slot_layers, slot_parameters
+
+        units = {unit: tuple(named.values()) for unit, named in slot_parameters(net).items()}
+        hosts = [layer for pairs in slot_layers(net).values() for layer, _ in pairs]
+        return cls(units, tuple(dict.fromkeys(hosts)), needs, output_every)
+
+    def __enter__(self) -> "Recorder":
+        watched = self.layers if "outputs" in self.needs else ()
+        if self._recording or any(layer.observer is not None for layer in watched):
+            raise StateError(
+                "these layers are being recorded already; leave the other recorder first."
+            )
+        self.reset()
+        self._recording = True
+        if "weights" in self.needs:
+            self._init_rms = unit_means(
+                (w.square() for w in unit) for unit in self._weights()
+            ).sqrt()
+        for layer in watched:
+            layer.observer = partial(self._observe, layer)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._recording = False
+        if "outputs" in self.needs:
+            for layer in self.layers:
+                layer.observer = None
+
+    def reset(self) -> None:
+        """Forget the steps so far, as before a pass that is repeated; `init_rms` stays."""
+        self.steps = 0
+        self._sums = []
+        self._outputs = _OutputSums(self.units)
+
+    def step(self) -> None:
+        """Take the gradients of one optimiser step into the sums.
+
+        A parameter without a gradient counts as gradient zero.
+
+        Raises:
+            StateError: if the recorder is not active.
+        """
+        if not self._recording:
+            raise StateError(
+                "step() was called outside the recorder; use `with recorder:` around training."
+            )
+        if "gradients" in self.needs:
+            # Not before the first step: a trainer may move the model when training begins.
+            self._sums = self._sums or [_GradientSums(group) for group in _by_device(self.units)]
+        for sums in self._sums:
+            sums.add()
+        self.steps += 1
+
+    def read(self) -> Record:
+        """Return the record so far, with the weights of this moment, on the CPU.
+
+        Under torch.distributed every process must call this: gradients are averaged over the
+        processes (what one process would see), outputs pooled.
+
+        Raises:
+            StateError: if there was no step, or outputs were asked for and none was seen.
+        """
+        collected: dict[str, Any] = {}
+        if self.steps and "gradients" in self.needs:
+            signed, means = self._read_gradients()
+            collected |= {"grad_sum": signed}
+            collected |= {"abs_grad_mean": means[0], "abs_weight_grad_mean": means[1]}
+        if self.steps and "outputs" in self.needs:
+            collected["output_abs_mean"] = self._outputs.read()
+        if "weights" in self.needs:
+            weights = tuple(tuple(unit) for unit in self._weights())
+            collected |= {"weights": weights, "init_rms": self._init_rms}
+        return Record(units=tuple(self.units), steps=self.steps, **collected)
+
+    def _observe(self, layer: Observable, module: Module, delta: Tensor) -> None:
+        # A graph task runs while gradient checkpointing repeats a forward pass that was counted.
+        repeated = torch._C._current_graph_task_id() != -1
+        if layer.training and not repeated and self.steps % self.output_every == 0:
+            self._outputs.add(module.slot_id, delta)
+
+    def _weights(self) -> Iterator[Iterator[Tensor]]:
+        for unit in self.units.values():
+            yield (p.detach().to("cpu", torch.float32, copy=True) for p in unit)
+
+    def _read_gradients(self) -> tuple[tuple[tuple[Tensor, ...], ...], Tensor]:
+        """Signed sums as in the units, and means of |g| and |w * g|, (2, N)."""
+        signed: dict[int, Tensor] = {}
+        absolute: dict[int, Tensor] = {}
+        share = 1 / _n_processes()
+        for sums in self._sums:
+            columns = _summed(sums.absolute).cpu().double().unbind(1)
+            for parameter, tensor, column in zip(
+                sums.parameters, sums.signed, columns, strict=True
+            ):
+                signed[id(parameter)] = _summed(tensor).to("cpu", copy=True).mul_(share)
+                absolute[id(parameter)] = column * share
+        means = torch.zeros(2, len(self.units), dtype=torch.float64)
+        for i, unit in enumerate(self.units.values()):
+            n_terms = max(1, sum(p.numel() for p in unit)) * self.steps
+            means[:, i] = sum(absolute[id(p)] for p in unit) / n_terms
+        return tuple(tuple(signed[id(p)] for p in unit) for unit in self.units.values()), means
+
+
+class _GradientSums:
+    """Running sums over the steps of parameters that share a device.
+
+    `signed` holds the sum of g per parameter in its shape; `absolute` the sums over steps and
+    elements of |g| and |w * g|, (2, number of parameters), float32.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = tuple(parameters)
+        self.signed = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
+        self.absolute = torch.zeros(2, len(self.parameters), device=self.parameters[0].device)
+
+    @torch.no_grad()
+    def add(self) -> None:
+        live = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        if not live:
+            return
+        grads = [self.parameters[i].grad.float() for i in live]  # pyright: ignore
+        weights = [self.parameters[i].float() for i in live]
+        torch._foreach_add_([self.signed[i] for i in live], grads)
+        for row, tensors in enumerate((grads, torch._foreach_mul(grads, weights))):
+            sums = [self.absolute.new_zeros(())] * len(self.parameters)
+            for i, tensor in zip(live, torch._foreach_abs(tensors), strict=True):
+                sums[i] = tensor.sum()
+            self.absolute[row] += torch.stack(sums)
+
+
+class _OutputSums:
+    """Running sum of |output| in float32 and number of elements per unit."""
+
+    def __init__(self, units: Collection[str]) -> None:
+        self.index = {unit: i for i, unit in enumerate(units)}
+        self.sums = torch.zeros(len(units))
+        self.counts = [0] * len(units)
+
+    def add(self, unit: str, delta: Tensor) -> None:
+        if (i := self.index.get(unit)) is None:
+            return
+        if not any(self.counts):
+            self.sums = self.sums.to(delta.device)
+        self.sums[i] += delta.detach().abs().sum(dtype=torch.float32).to(self.sums.device)
+        self.counts[i] += delta.numel()
+
+    def read(self) -> Tensor:
+        """Mean of |output| per unit, (N,); 0 for a unit that never ran."""
+        counts = _summed(torch.tensor(self.counts, device=self.sums.device)).cpu()
+        if self.counts and not counts.any():
+            raise StateError(
+                "no output was seen in any optimiser step; put the model in training mode and "
+                "enter the recorder before the first forward pass."
+            )
+        return _summed(self.sums).cpu().double() / counts.clamp(min=1)
+
+
+def _by_device(units: Mapping[str, Sequence[nn.Parameter]]) -> list[list[nn.Parameter]]:
+    groups: dict[torch.device, list[nn.Parameter]] = {}
+    for parameter in dict.fromkeys(p for unit in units.values() for p in unit):
+        groups.setdefault(parameter.device, []).append(parameter)
+    return list(groups.values())
+
+
+def _n_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """Sum over all processes, as a new tensor where there are several."""
+    if _n_processes() == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total

@@ -1,0 +1,215 @@
+"""Load data: read, find columns, check, split off validation, hash."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from prunepeft.data.columns import find_columns
+from prunepeft.data.formats import Table
+from prunepeft.data.rows import check_columns, read_labels, read_messages, read_texts
+from prunepeft.data.sources import read_source
+from prunepeft.data.splits import Splits, fingerprint, stratified_order
+from prunepeft.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+Columns = dict[str, list[Any]]  # role -> values of one split
+
+
+def load_data(
+    source: str,
+    *,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    seed: int = 0,
+    validation_fraction: float = 0.1,
+    max_rows: int | None = None,
+    offline: bool = False,
+) -> Splits:
+    """Load and check a data set.
+
+    Args:
+        source: A file (jsonl, json, csv, tsv, parquet, txt), a glob, a folder of splits,
+            `docstrings` (built in), or a hub id `owner/name` or `owner/name:config`. Lines of txt
+            files are running text: validation and `max_rows` take consecutive lines.
+        task: "seq-cls", "regression" or "causal-lm"; None guesses it from the columns.
+        columns: Role -> column, for names that are not usual.
+        seed: Of the validation split and of `max_rows`.
+        validation_fraction: Share of train to split off if there is no validation split.
+        max_rows: Largest number of train rows; a stratified part is taken.
+        offline: Never reach for the network; hub data must be in the cache.
+
+    Returns:
+        The splits, with labels mapped to 0..n-1 in one order for all of them.
+
+    Raises:
+        DataError: if the data cannot be used; the message has the place and what to do.
+        ConfigError: if an argument is out of range.
+    """
+    _check_arguments(source, seed, validation_fraction, max_rows)
+    tables, notes = read_source(source, offline=offline)
+    for split, table in tables.items():
+        if not table.rows:
+            raise DataError(f"{source}: the {split} split has no rows; remove it or fill it.")
+    task, roles = find_columns(tables["train"], task, columns)
+    notes += _drop_unlabelled_test(tables, roles)
+    check_columns(tables, roles)
+    unused = [name for name in tables["train"].columns if name not in roles.values()]
+    notes += [f"columns not used: {', '.join(unused)}"] if unused else []
+    values, labels = _read_values(tables, task, roles, notes)
+    order = _make_order(tables["train"], values["train"], labels, seed)
+    if "validation" not in values:
+        cut = _find_cut(len(order), len(labels or ()), validation_fraction, source)
+        values["validation"] = _take(values["train"], order[cut:])
+        how = "the last rows" if tables["train"].running else f"split off with seed {seed}"
+        notes.append(f"validation: {len(order) - cut} rows of train, {how}")
+        order = order[:cut]
+    if max_rows is not None and len(order) > max_rows:
+        notes.append(f"train: {max(max_rows, len(labels or ()))} of {len(order)} rows are used (max_rows)")
+        order = order[: max(max_rows, len(labels or ()))]
+    values["train"] = _take(values["train"], order)
+    for split, part in values.items():
+        if _count(part) < 2:
+            raise DataError(f"{source}: the {split} split has 1 row; at least 2 are needed. Add rows.")
+    notes += _count_shared(values)
+    for note in notes:
+        logger.info("%s: %s", source, note)
+    return _make_splits(values, roles, labels, task, source, notes)
+
+
+def _check_arguments(source: str, seed: int, validation_fraction: float, max_rows: int | None) -> None:
+    if not isinstance(source, str):
+        raise ConfigError(f"source is {source!r:.60}; give a path, a glob, 'docstrings' or a hub id as text.")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed is {seed!r}; allowed are whole numbers from 0 to 4294967295.")
+    if not 0 < validation_fraction < 1:
+        raise ConfigError(f"validation_fraction is {validation_fraction!r}; allowed is a share between 0 and 1.")
+    if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 2):
+        raise ConfigError(f"max_rows is {max_rows!r}; allowed are whole numbers from 2, or none.")
+
+
+def _drop_unlabelled_test(tables: dict[str, Table], roles: dict[str, str]) -> list[str]:
+    """Public test splits often have no labels, or only -1: then there is nothing to report on."""
+    if "test" not in tables or "label" not in roles:
+        return []
+    column, table = roles["label"], tables["test"]
+    if column in table.columns and any(row[column] not in (None, -1, "", "-1") for row in table.rows):
+        return []
+    del tables["test"]
+    return ["the test split has no labels and is left out"]
+
+
+def _read_values(
+    tables: dict[str, Table], task: str, roles: dict[str, str], notes: list[str]
+) -> tuple[dict[str, Columns], tuple[str, ...] | None]:
+    """Checked values, split -> role -> list, and the class names."""
+    labels = None
+    by_split, values = {}, {}
+    if "label" in roles:
+        by_split, labels = read_labels(tables, roles["label"], task)
+        if task == "regression":
+            notes += _check_scores(by_split["train"], roles["label"], tables["train"])
+    for split, table in tables.items():
+        part: Columns = {}
+        for role, column in roles.items():
+            if role == "label":
+                part[role] = by_split[split]
+            elif role == "messages":
+                part[role] = read_messages(table, column)
+            else:
+                part[role] = read_texts(table, role, column)
+        _check_not_empty(part, split, table, notes)
+        if "prompt_input" in part:
+            pairs = zip(part["prompt"], part.pop("prompt_input"), strict=True)
+            part["prompt"] = [f"{prompt}\n\n{extra}" if extra.strip() else prompt for prompt, extra in pairs]
+        values[split] = part
+    return values, labels
+
+
+def _check_scores(scores: list[float], column: str, table: Table) -> list[str]:
+    if len(set(scores)) < 2:
+        raise DataError(
+            f"{table.places[0][0]}: all labels (column {column!r}) are {scores[0]}; "
+            "regression needs different values. Check the column."
+        )
+    if all(score.is_integer() for score in scores) and len(set(scores)) <= 20:
+        return ["labels are whole numbers; set task to seq-cls if they are classes"]
+    return []
+
+
+def _check_not_empty(part: Columns, split: str, table: Table, notes: list[str]) -> None:
+    role = next(name for name in ("messages", "completion", "text") if name in part)
+    roles = [name for name in (role, "text_pair") if name in part]
+    empty = sum(not any(_has_text(value) for value in row) for row in zip(*(part[r] for r in roles), strict=True))
+    if empty == len(table.rows):
+        raise DataError(f"{table.places[0][0]}: every text of the {split} split is empty; name another column.")
+    if empty:
+        notes.append(f"{empty} of {len(table.rows)} {split} rows have an empty text")
+
+
+def _has_text(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else any(turn["content"].strip() for turn in value)
+
+
+def _count(part: Columns) -> int:
+    return len(next(iter(part.values())))
+
+
+def _take(part: Columns, rows: list[int]) -> Columns:
+    rows = sorted(rows)
+    return {role: [values[row] for row in rows] for role, values in part.items()}
+
+
+def _make_order(table: Table, train: Columns, labels: tuple[str, ...] | None, seed: int) -> list[int]:
+    """Order whose beginning is train and whose end validation: stratified, or as it is for running text."""
+    if table.running:
+        return list(range(len(table.rows)))
+    return stratified_order(train["label"] if labels else [0] * len(table.rows), seed)
+
+
+def _find_cut(n: int, n_labels: int, fraction: float, source: str) -> int:
+    """Number of rows that stay in train; the rest is validation."""
+    size, least = max(2, round(n * fraction)), max(2, n_labels)
+    if n - size < least:
+        raise DataError(
+            f"{source}: {n} rows are too few to split off {size} for validation and leave at least {least} "
+            f"to train on; add rows, or lower validation_fraction ({fraction})."
+        )
+    return n - size
+
+
+def _count_shared(values: dict[str, Columns]) -> list[str]:
+    def keys(part: Columns) -> list[str]:
+        return [repr(row) for row in zip(*(part[role] for role in sorted(part) if role != "label"), strict=True)]
+
+    train = set(keys(values["train"]))
+    shared = sum(key in train for key in keys(values["validation"]))
+    return [f"{shared} validation rows have the same text as a train row"] if shared else []
+
+
+def _make_splits(
+    values: dict[str, Columns],
+    roles: dict[str, str],
+    labels: tuple[str, ...] | None,
+    task: str,
+    source: str,
+    notes: list[str],
+) -> Splits:
+    from datasets import Dataset
+
+    kept = {role: column for role, column in roles.items() if role in values["train"]}
+    made = {
+        split: Dataset.from_dict({column: part[role] for role, column in kept.items()})
+        for split, part in values.items()
+    }
+    return Splits(
+        train=made["train"],
+        validation=made["validation"],
+        test=made.get("test"),
+        columns=kept,
+        labels=labels,
+        task=task,
+        source=source,
+        fingerprint=fingerprint(task, labels, values),
+        notes=tuple(notes),
+    )

@@ -1,0 +1,175 @@
+"""What a kind of PEFT module is: a frozen dataclass of options with pure functions of tensors.
+
+Every kind is a residual change at one site (a linear layer): it returns what to ADD.
+
+    stage "input"   x  <- x + delta(x)          before the frozen layer
+    stage "add"     y  <- y + delta(x, y)       beside it (LoRA, DoRA, parallel adapter)
+    stage "scale"   y  <- y + delta(y)          elementwise after it (IA3)
+    stage "output"  y  <- y + delta(y)          after it (serial adapter)
+
+Because each is an addition, a gate g multiplies it: g = 0 is the model without the module.
+"""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from prunepeft.errors import ConfigError, UnknownNameError
+from prunepeft.registry import Registry, unknown_name
+from prunepeft.space import Placement, Site, Slot
+
+STAGES = ("input", "add", "scale", "output")
+Params = Mapping[str, Tensor]
+
+
+class Host(Protocol):
+    """What a kind may ask of the layer it sits on."""
+
+    training: bool
+
+    def frozen_weight(self) -> Tensor:
+        """The frozen weight, (d_out, d_in), dequantised if need be."""
+
+    def frozen_linear(self, x: Tensor) -> Tensor:
+        """x W^T without the bias, (..., d_out)."""
+
+    def sublayer_input(self) -> Tensor:
+        """What the sub-layer read in this forward pass, (..., D)."""
+
+
+@dataclass(frozen=True)
+class Kind(ABC):
+    """A family of PEFT module. Its options are its fields; it holds no state.
+
+    Class attributes:
+        name: Registered name.
+        roles: Default tied groups of site roles that get one slot each in every layer.
+        shrink_axes: Tensor name -> axis of its rank, for kinds whose size can be cut after training.
+        sized: False for kinds without a size (their only size is 1).
+        needs_source: True if it reads the sub-layer's input (only at `o` and `down` sites).
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[tuple[str, ...], ...]]
+    mergeable: ClassVar[bool] = False
+    servable: ClassVar[bool] = False
+    sized: ClassVar[bool] = True
+    needs_source: ClassVar[bool] = False
+    shrink_axes: ClassVar[Mapping[str, int]] = {}
+    formula: ClassVar[str] = ""
+
+    @abstractmethod
+    def stage(self, site: Site) -> str:
+        """Where in the layer the module acts at this site; one of `STAGES`."""
+
+    @abstractmethod
+    def shapes(self, site: Site, size: int) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape of everything trainable."""
+
+    @abstractmethod
+    def init(self, shapes: Mapping[str, tuple[int, ...]], host: Host, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh values in float32 on the CPU."""
+
+    @abstractmethod
+    def delta(self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host) -> Tensor:
+        """What to add at this kind's stage.
+
+        Args:
+            params: The module's tensors.
+            x: Input of the linear layer, (..., d_in).
+            y: Output so far, (..., d_out); equal to x at stage "input".
+            scaling: Factor of the update, see `scaling`.
+            host: The layer.
+        """
+
+    def scaling(self, max_size: int) -> float:
+        """Factor of the update; set by the slot's largest size and kept when ranks are cut."""
+        return 1.0
+
+    def merged(
+        self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, site_stage: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight (d_out, d_in) and bias (d_out,) of the one linear layer equal to layer + module.
+
+        Kinds with `mergeable = False` never reach this.
+        """
+        raise ConfigError(f"kind {self.name!r} is not linear in its input and cannot be merged.")
+
+    def n_params(self, site: Site, size: int) -> int:
+        """Trainable parameters at one site."""
+        return sum(math.prod(shape) for shape in self.shapes(site, size).values())
+
+    def shrunk(self, params: Params, keep: Tensor) -> dict[str, Tensor]:
+        """Tensors cut to the ranks of `keep` (indices, (size',)); others unchanged."""
+        if not self.shrink_axes:
+            raise ConfigError(f"kind {self.name!r} has no ranks to cut; remove it as a whole.")
+        return {
+            name: tensor.index_select(self.shrink_axes[name], keep.to(tensor.device))
+            if name in self.shrink_axes
+            else tensor
+            for name, tensor in params.items()
+        }
+
+
+KINDS: Registry[type[Kind]] = Registry("kind")
+
+
+def make_kind(name: str, options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()) -> Kind:
+    """The kind with these options. Raises UnknownNameError for an unknown kind or option."""
+    cls = KINDS.get(name)
+    known = tuple(f.name for f in fields(cls))
+    for key in dict(options):
+        if key not in known:
+            raise UnknownNameError(unknown_name(f"option of kind {name!r}:", key, known))
+    return cls(**dict(options))
+
+
+def slot_kind(slot: Slot) -> Kind:
+    """The kind of a slot, with the slot's options."""
+    return make_kind(slot.kind, slot.options)
+
+
+def n_params(slot: Slot, size: int) -> int:
+    """Trainable parameters of a slot at this size, over all its tied sites."""
+    kind = slot_kind(slot)
+    return sum(kind.n_params(site, size) for site in slot.sites)
+
+
+def count_params(placement: Placement) -> int:
+    """Trainable parameters of all modules of a placement."""
+    return sum(n_params(slot, size) for slot, size in placement.sizes.items())
+
+
+def cost(placement: Placement, unit: str) -> int:
+    """What a placement costs in the unit of a budget (`parameters`, `modules` or `rank`)."""
+    return sum(slot_cost(slot, size, unit) for slot, size in placement.sizes.items())
+
+
+def slot_cost(slot: Slot, size: int, unit: str) -> int:
+    """What one slot costs in the unit of a budget."""
+    if unit == "modules":
+        return 1
+    return size if unit == "rank" else n_params(slot, size)
+
+
+def seeded(seed: int, *names: str) -> torch.Generator:
+    """CPU generator that depends on the seed and these names alone.
+
+    A module's first values therefore do not depend on which other modules exist.
+    """
+    text = ":".join((str(seed), *names))
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) % 2**63)
+
+
+def check_range(kind: str, option: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless low <= value <= high."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise ConfigError(f"{kind}.{option} must be in [{low:g}, {high:g}]; got {value!r}.")

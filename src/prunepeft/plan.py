@@ -1,0 +1,287 @@
+"""What a run would do, found out without reading weights: data, sites, candidates, budget, cost."""
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunepeft.budget import Budget
+from prunepeft.candidates import LORA_ALL_ROLES, make_lora_baseline, make_space, paper_space
+from prunepeft.config import RunConfig
+from prunepeft.data import Splits, load_data
+from prunepeft.errors import BudgetError, ConfigError
+from prunepeft.kinds import cost, count_params
+from prunepeft.metrics import check_metric
+from prunepeft.sites import count_base_params, find_sites
+from prunepeft.space import Placement, SearchSpace, Site
+from prunepeft.state import disk_free, read_json
+from prunepeft.strategies import METHODS, Problem, Strategy
+from prunepeft.tasks import TASKS, Task
+from prunepeft.training import n_steps
+
+logger = logging.getLogger(__name__)
+
+SUPERNET_OVER_BUDGET = 4  # the default space is sized to cost this many budgets
+BASELINE_ROLES = {"lora": (("q", "v"),), "lora-all": LORA_ALL_ROLES}
+
+
+@dataclass
+class Plan:
+    """Everything known before weights are read.
+
+    Attributes:
+        config: The settings.
+        splits: Checked data.
+        task: The task.
+        metric: Name of the metric that decides.
+        n_base: Parameters of the base model.
+        family: Model type, e.g. `bert`.
+        sites: Where modules may go.
+        space: The candidates; None when an architecture was given.
+        given: The architecture that was given instead of a search.
+        budget: The budget; None when only an architecture was given.
+        limit: The budget as a whole number.
+        head: Names of the modules trained in full.
+    """
+
+    config: RunConfig
+    splits: Splits
+    task: Task
+    metric: str
+    n_base: int
+    family: str
+    sites: tuple[Site, ...]
+    space: SearchSpace | None
+    given: Placement | None
+    budget: Budget | None
+    limit: int
+    head: list[str]
+
+    @property
+    def strategy(self) -> Strategy:
+        return make_strategy(self.config)
+
+    def baseline(self, limit: int | None = None) -> Placement | None:
+        """Plain LoRA at equal budget, if asked for."""
+        if self.config.baseline == "none":
+            return None
+        return make_lora_baseline(
+            self.sites, limit or self.limit, roles=BASELINE_ROLES[self.config.baseline]
+        )
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check everything that can be checked in seconds.
+
+    Raises:
+        PrunePeftError: whatever is wrong with the settings, the data, the model or the budget.
+    """
+    check_device(config.device)
+    if config.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    splits = load_data(
+        config.data,
+        task=config.task,
+        columns=config.columns,
+        seed=config.seed,
+        validation_fraction=config.validation_fraction,
+        max_rows=config.train.max_rows,
+        offline=config.offline,
+    )
+    task = TASKS.get(config.task or splits.task)
+    metric = config.metric or task.default_metric
+    check_metric(metric, task.name)
+    model = task.make_empty_model(
+        config.model, splits, trust_remote_code=config.trust_remote_code
+    )
+    sites = find_sites(model)
+    n_base = count_base_params(model)
+    budget = Budget.parse(config.budget) if config.budget is not None else None
+    limit = budget.limit(n_base) if budget else 0
+    given = read_architecture(config.arch) if config.arch else None
+    space = None if given else _space(config, sites, budget, limit)
+    plan = Plan(
+        config=config,
+        splits=splits,
+        task=task,
+        metric=metric,
+        n_base=n_base,
+        family=getattr(model.config, "model_type", type(model).__name__),
+        sites=sites,
+        space=space,
+        given=given,
+        budget=budget,
+        limit=limit,
+        head=task.head_modules(model),
+    )
+    _check_budget(plan)
+    return plan
+
+
+def make_strategy(config: RunConfig) -> Strategy:
+    """The strategy with the settings of `search`."""
+    search = config.search.model_dump(exclude={"fidelity", "epochs", "lr"})
+    search["criteria"] = tuple(search["criteria"])
+    if config.strategy:
+        data = read_json(Path(config.strategy))
+        if not isinstance(data, dict) or not isinstance(data.get("strategy"), dict):
+            raise ConfigError(
+                f"{config.strategy} holds no strategy; give the best/strategy.json of a finished run."
+            )
+        search["strategy"] = data["strategy"]
+    return METHODS.get(config.method)(**search)
+
+
+def read_architecture(path: str) -> Placement:
+    """Placement of an `arch.json`, or of the run folder that holds one."""
+    file = Path(path)
+    if file.is_dir():
+        file = next((f for f in (file / "best" / "arch.json", file / "arch.json") if f.is_file()), file)
+    if not file.is_file():
+        raise ConfigError(
+            f"arch {path!r} is no arch.json and no run folder with best/arch.json; give one of them."
+        )
+    return Placement.from_dict(read_json(file))
+
+
+def check_device(device: str) -> str:
+    """`cpu` or `cuda`. Raises ConfigError if a GPU is asked for and absent."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but no CUDA device is visible; use device=cpu or auto.")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """What would run and what it would cost, as plain data."""
+    config, splits = plan.config, plan.splits
+    placement = plan.given or plan.space.full()
+    supernet = count_params(placement)
+    train_steps = n_steps(len(splits.train), config.train.batch_size) * config.train.epochs
+    search = _search_cost(plan)
+    by_kind = {k: [s for s in placement if s.kind == k] for k in placement.kinds}
+    info = {
+        "model": {"name": config.model, "family": plan.family, "n_params": plan.n_base},
+        "task": {"name": plan.task.name, "metric": plan.metric},
+        "data": {
+            "source": splits.source,
+            "train": len(splits.train),
+            "validation": len(splits.validation),
+            "columns": splits.columns,
+            "labels": list(splits.labels) if splits.labels else None,
+            "notes": list(splits.notes),
+        },
+        "budget": {
+            "text": str(plan.budget) if plan.budget else None,
+            "unit": plan.budget.unit if plan.budget else None,
+            "limit": plan.limit,
+        },
+        "candidates": {
+            "modules": len(placement),
+            "n_params": supernet,
+            "kinds": {
+                k: {"modules": len(slots), "sizes": sorted({n for s in slots for n in s.sizes})}
+                for k, slots in by_kind.items()
+            },
+        },
+        "search": search,
+        "train": {"steps": train_steps, "epochs": config.train.epochs},
+        "memory_bytes": _memory(plan, supernet),
+        "disk_bytes": _disk(plan, supernet),
+    }
+    output = Path(config.output or ".").absolute()
+    existing = next(p for p in (output, *output.parents) if p.exists())
+    info["disk_free_bytes"] = disk_free(existing)
+    return info
+
+
+def problem_of(plan: Plan, evaluator: Any, on_event: Any) -> Problem:
+    """The search problem of a plan."""
+    from prunepeft.budget import Fidelity
+
+    search = plan.config.search
+    return Problem(
+        space=plan.space,
+        limit=plan.limit,
+        unit=plan.budget.unit,
+        evaluator=evaluator,
+        n_train=len(plan.splits.train),
+        fidelity=Fidelity(search.fidelity, search.epochs),
+        seed=plan.config.seed,
+        on_event=on_event,
+    )
+
+
+def _space(
+    config: RunConfig, sites: tuple[Site, ...], budget: Budget | None, limit: int
+) -> SearchSpace:
+    if config.space == "paper":
+        return paper_space(sites)
+    target = None
+    if budget is not None and budget.unit == "parameters":
+        target = SUPERNET_OVER_BUDGET * limit
+    return make_space(
+        sites,
+        tuple(config.kinds),
+        sizes=config.sizes or None,
+        options=config.options or None,
+        roles=config.roles or None,
+        target_params=target,
+    )
+
+
+def _check_budget(plan: Plan) -> None:
+    if plan.given is not None:
+        if plan.budget and (n := cost(plan.given, plan.budget.unit)) > plan.limit:
+            raise BudgetError(
+                f"the given architecture costs {n:,} {plan.budget.unit}, over the budget of "
+                f"{plan.limit:,}; raise the budget or leave it out."
+            )
+        return
+    problem_of(plan, None, None).check()
+    plan.baseline()
+
+
+def _search_cost(plan: Plan) -> dict[str, Any]:
+    """Upper bounds: how many runs, steps and rows the search takes."""
+    search, batch, n = plan.config.search, plan.config.train.batch_size, len(plan.splits.train)
+    if plan.given is not None or search.mode in ("none", "random"):
+        return {"runs": 0, "steps": 0, "rows_per_training_row": 0.0}
+    rows = max(1, round(search.fidelity * n))
+    runs, steps, seen = search.rounds, search.rounds * search.epochs * n_steps(rows, batch), 0.0
+    seen = search.rounds * search.epochs * rows
+    if search.warmup and search.mode == "hybrid" and not plan.config.strategy:
+        most = 1 + (search.warmup_turns - 1) * len(search.criteria)
+        few = min(search.warmup_rows, n)
+        runs += most
+        steps += most * search.warmup_epochs * n_steps(few, batch)
+        seen += most * search.warmup_epochs * few
+    whole = n * plan.config.train.epochs
+    return {"runs": runs, "steps": steps, "rows_per_training_row": round(seen / whole, 3)}
+
+
+def _memory(plan: Plan, supernet: int) -> int:
+    """Rough peak of training: weights, modules with Adam (16 bytes each) and activations."""
+    width = 2 if plan.config.precision == "bf16" else 4
+    hidden = max(s.d_out for s in plan.sites if s.role in ("o", "down", "other"))
+    wide = sum(s.d_out for s in plan.sites)
+    length = plan.config.train.max_length or 128
+    rows = math.ceil(plan.config.train.batch_size / plan.config.train.gradient_accumulation)
+    per_token = (2 * wide + 8 * hidden * len({(s.stack, s.layer) for s in plan.sites})) * width
+    if plan.config.train.gradient_checkpointing:
+        per_token //= max(1, len({(s.stack, s.layer) for s in plan.sites}))
+    return plan.n_base * width + supernet * 16 + rows * length * per_token
+
+
+def _disk(plan: Plan, supernet: int) -> int:
+    """Rough size of the run folder: training state, kept weights, adapter and an export."""
+    kept = supernet if plan.given or not plan.limit else min(plan.limit, supernet)
+    rounds = plan.config.search.rounds if plan.config.search.reinit == "keep" else 0
+    return 4 * (kept * 8 + supernet * rounds) + 5_000_000

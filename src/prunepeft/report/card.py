@@ -1,0 +1,136 @@
+"""The model card: README.md of a run folder."""
+
+import math
+import re
+from typing import Any
+
+import yaml
+
+from prunepeft.report.grid import modules_of, plain
+from prunepeft.report.page import render
+from prunepeft.report.record import Evidence, Result
+from prunepeft.report.render import to_markdown
+from prunepeft.report.tables import (
+    budget_sentence,
+    compare,
+    cost_table,
+    kept_table,
+    kinds_in_words,
+    metric_name,
+)
+
+_PIPELINES = {
+    "seq-cls": "text-classification",
+    "regression": "text-classification",
+    "causal-lm": "text-generation",
+}
+_AUTO_CLASSES = {
+    "seq-cls": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+
+
+def make_card(evidence: Evidence) -> str:
+    """Write the model card of a run as Markdown with YAML front matter."""
+    result = evidence.result
+    header = yaml.safe_dump(
+        front_matter(evidence), sort_keys=False, allow_unicode=True, width=10_000
+    )
+    modules = modules_of(evidence)
+    return render(
+        "card.md.jinja",
+        header=header,
+        result=result,
+        title=_title(result),
+        budget=budget_sentence(result),
+        verdict=compare(result),
+        results=to_markdown(cost_table(result)),
+        result_note=cost_table(result).note,
+        kept=to_markdown(kept_table(modules)) if modules else "",
+        kept_words=", ".join(kinds_in_words(modules)),
+        loading=fenced(loading_code(evidence), "python"),
+        needs_prunepeft=needs_prunepeft(evidence),
+        only_lora={m.kind for m in modules} == {"lora"},
+        command=fenced(plain(result.command, 4000), "bash") if result.command else "",
+        history=evidence.history,
+        metric=metric_name(result),
+    )
+
+
+def front_matter(evidence: Evidence) -> dict[str, Any]:
+    """What the model hubs read: base model, library, tags, metrics; and how it was made."""
+    result = evidence.result
+    pipeline = _PIPELINES.get(result.task.name)
+    made = {
+        "version": result.prunepeft_version,
+        "method": result.method,
+        "budget": result.budget.text,
+        "trainable_parameters": result.placement.n_params,
+        "kept_modules": [module.id for module in modules_of(evidence)],
+        "seed": result.seed,
+        "command": result.command,
+    }
+    return {
+        "base_model": result.model.name,
+        "library_name": "peft",
+        **({"pipeline_tag": pipeline} if pipeline else {}),
+        "tags": ["prunepeft", "peft", *sorted({module.kind for module in modules_of(evidence)})],
+        **({"metrics": [result.metric.name]} if result.metric.name else {}),
+        "prunepeft": made,
+        "model-index": [{"name": _title(result), "results": _model_index(result, pipeline)}],
+    }
+
+
+def loading_code(evidence: Evidence) -> str:
+    """Python lines that load the adapter of a run."""
+    result = evidence.result
+    cls = _AUTO_CLASSES.get(result.task.name, "AutoModel")
+    n_labels = 1 if result.task.name == "regression" else len(result.task.labels)
+    labels = f", num_labels={n_labels}" if n_labels and "Sequence" in cls else ""
+    name = repr(result.model.name)
+    lines = [
+        "import prunepeft  # makes peft know this adapter" if needs_prunepeft(evidence) else "",
+        "from peft import PeftModel",
+        f"from transformers import {cls}, AutoTokenizer",
+        "",
+        f"base = {cls}.from_pretrained({name}{labels})",
+        'model = PeftModel.from_pretrained(base, "best/adapter").eval()',
+        f"tokenizer = AutoTokenizer.from_pretrained({name})",
+    ]
+    return "\n".join(lines).lstrip("\n")
+
+
+def needs_prunepeft(evidence: Evidence) -> bool:
+    """Whether the adapter opens only where prunepeft is imported."""
+    if evidence.adapter_type:
+        return evidence.adapter_type != "LORA"
+    return {module.kind for module in modules_of(evidence)} != {"lora"}
+
+
+def fenced(text: str, language: str) -> str:
+    """A Markdown code block that no line of the text can close."""
+    longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _title(result: Result) -> str:
+    base = plain(re.split(r"[/\\]", result.model.name.rstrip("/\\"))[-1] or "model")
+    source = plain(re.split(r"[/\\]", result.data.source.rstrip("/\\"))[-1])
+    return f"{base} tuned on {source}" if source else base
+
+
+def _model_index(result: Result, pipeline: str | None) -> list[dict[str, Any]]:
+    values = {result.metric.name: result.metric.value} | dict(result.metric.all)
+    metrics = [
+        {"type": name, "name": name, "value": value}
+        for name, value in values.items()
+        if name and isinstance(value, int | float) and math.isfinite(value)
+    ]
+    if not metrics:
+        return []
+    source = result.data.source or "unnamed"
+    data = {"name": plain(source), "type": plain(source), "split": "validation"}
+    task = {"type": pipeline or result.task.name or "other"}
+    return [{"task": task, "dataset": data, "metrics": metrics}]

@@ -1,0 +1,93 @@
+"""A strategy turns a problem into a placement. It holds no state: what it did is in its history."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from prunepeft.budget import Fidelity
+from prunepeft.errors import BudgetError
+from prunepeft.evaluate import Evaluator, Scored
+from prunepeft.kinds import cost, slot_cost
+from prunepeft.registry import Registry
+from prunepeft.space import Placement, SearchSpace
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked of a strategy.
+
+    Attributes:
+        space: The candidate slots.
+        limit: The budget as a whole number.
+        unit: What the limit counts: `parameters`, `modules` or `rank`.
+        evaluator: Trains and scores placements.
+        n_train: Rows of the training split.
+        fidelity: Share of full training that one round gets.
+        seed: Of everything random.
+        on_event: Told of each finished step, `on_event(kind, **fields)`.
+    """
+
+    space: SearchSpace
+    limit: int
+    unit: str
+    evaluator: Evaluator
+    n_train: int
+    fidelity: Fidelity
+    seed: int
+    on_event: Callable[..., None] = lambda kind, **fields: None
+
+    def cost(self, placement: Placement) -> int:
+        """Cost of a placement in the budget's unit."""
+        return cost(placement, self.unit)
+
+    def slot_costs(self) -> dict[str, int]:
+        """Cost of each slot of the space at its largest size."""
+        return {s.id: slot_cost(s, s.sizes[-1], self.unit) for s in self.space}
+
+    def check(self) -> None:
+        """Raise BudgetError if even the smallest module is over the limit."""
+        costs = self.slot_costs()
+        smallest = min(costs, key=lambda i: costs[i])
+        if costs[smallest] > self.limit:
+            raise BudgetError(
+                f"the smallest module, {smallest}, costs {costs[smallest]:,} {self.unit}, but the "
+                f"budget allows {self.limit:,}. Raise --budget or give a smaller size, for example "
+                "sizes.lora=1."
+            )
+
+
+@dataclass
+class SearchResult:
+    """What a strategy found and what it cost."""
+
+    placement: Placement
+    history: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    steps: int = 0
+    runs: int = 0
+    peak_memory_bytes: int = 0
+
+    def add(self, scored: Scored) -> None:
+        """Count one run into the cost."""
+        self.seconds += scored.seconds
+        self.steps += scored.steps
+        self.runs += 1
+        self.peak_memory_bytes = max(self.peak_memory_bytes, scored.peak_memory_bytes)
+
+
+class Strategy(ABC):
+    """A way to search. Hyper-parameters are the fields of a frozen dataclass."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def search(self, problem: Problem) -> SearchResult:
+        """Find a placement within the budget.
+
+        Raises:
+            BudgetError: if no placement is.
+        """
+
+
+METHODS: Registry[type[Strategy]] = Registry("method")

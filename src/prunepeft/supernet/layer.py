@@ -1,0 +1,259 @@
+"""One wrapper per linear layer: the frozen layer plus every module that sits on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from prunepeft.errors import StateError
+from prunepeft.kinds.base import STAGES, Kind, seeded
+from prunepeft.space import Site
+
+PREFIX = "union_"
+
+
+@dataclass
+class Branch:
+    """One module on one layer.
+
+    Attributes:
+        slot_id: The slot it belongs to; tied sites share it.
+        kind: The kind with its options.
+        site: Where it sits.
+        size: Current size.
+        scaling: Factor of the update, fixed at the slot's largest size.
+        gate: Multiplier of its contribution; 0 hides the module.
+        stage: Where in the layer it acts.
+        tensors: Names of its tensors.
+    """
+
+    slot_id: str
+    kind: Kind
+    site: Site
+    size: int
+    scaling: float
+    gate: float = 1.0
+    stage: str = field(init=False)
+    tensors: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stage = self.kind.stage(self.site)
+        self.tensors = tuple(self.kind.shapes(self.site, self.size))
+
+
+class InputTap:
+    """Carries a sub-layer's input from the linear that reads it to the one that writes its output.
+
+    It is a forward pre-hook on the reading layer. The writing layer empties it at the end of its
+    forward pass, so no activation outlives the pass; it is never copied or pickled with the model.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.handle: torch.utils.hooks.RemovableHandle | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        self.value = args[0] if args else next(iter(kwargs.values()))
+
+    def read(self) -> Tensor:
+        if self.value is None:
+            raise StateError(
+                "a parallel adapter ran before its sub-layer's input was read; the model calls its "
+                "layers in an unusual order, so use kinds without a source (serial_adapter, lora)."
+            )
+        return self.value
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "InputTap":
+        memo[id(self)] = copy = InputTap()
+        return copy
+
+    def __reduce__(self) -> tuple[type["InputTap"], tuple[()]]:
+        return InputTap, ()
+
+
+class UnionLayer(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and its modules, applied as input -> layer -> add -> scale -> output."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_layer_names: tuple[str, ...] = ()
+        self.branches: dict[str, dict[str, Branch]] = {}
+        self.merged_adapters: list[str] = []
+        self.tap: InputTap | None = None
+        self.observer: Callable[[Branch, Tensor], None] | None = None
+        self._kept: tuple[Tensor, Tensor | None] | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self.is_transposed = isinstance(base_layer, Conv1D)
+
+    # --- structure -------------------------------------------------------------------------
+
+    def add(self, adapter: str, branch: Branch, seed: int) -> None:
+        """Put a module here with fresh values that depend on seed, slot and site alone."""
+        kind = branch.kind
+        self.branches.setdefault(adapter, {})[kind.name] = branch
+        shapes = kind.shapes(branch.site, branch.size)
+        values = kind.init(shapes, self, seeded(seed, branch.slot_id, branch.site.path))
+        self.set_params(adapter, kind.name, values)
+
+    def drop(self, adapter: str, kind: str) -> None:
+        """Take a module away with its tensors."""
+        branch = self.branches[adapter].pop(kind)
+        if not self.branches[adapter]:
+            del self.branches[adapter]
+        for name in (_attribute(kind, tensor) for tensor in branch.tensors):
+            container = getattr(self, name)
+            del container[adapter]
+            if not len(container):
+                delattr(self, name)
+                self.adapter_layer_names = tuple(n for n in self.adapter_layer_names if n != name)
+
+    def params(self, adapter: str, kind: str) -> dict[str, nn.Parameter]:
+        """Tensors of a module by the names its kind uses."""
+        tensors = self.branches[adapter][kind].tensors
+        return {t: getattr(self, _attribute(kind, t))[adapter] for t in tensors}
+
+    def set_params(self, adapter: str, kind: str, values: dict[str, Tensor]) -> None:
+        """Replace a module's tensors by new parameters of these values."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        # Half precision would round DoRA's magnitude away from the row norms it must equal.
+        floating = dtype if dtype == torch.float64 else torch.float32
+        for tensor, value in values.items():
+            name = _attribute(kind, tensor)
+            if name not in self.adapter_layer_names:
+                setattr(self, name, nn.ParameterDict())
+                self.adapter_layer_names = (*self.adapter_layer_names, name)
+            container = getattr(self, name)
+            old = container[adapter] if adapter in container else None
+            target = floating if old is None else old.dtype
+            parameter = nn.Parameter(value.detach().to(device=device, dtype=target).clone())
+            parameter.requires_grad_(old is None or old.requires_grad)
+            container[adapter] = parameter
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.branches.pop(adapter_name, None)
+
+    # --- what kinds may ask (Host) ---------------------------------------------------------
+
+    def frozen_weight(self) -> Tensor:
+        weight = self.get_base_weight()
+        return weight.T if self.is_transposed else weight
+
+    def frozen_linear(self, x: Tensor) -> Tensor:
+        if self._seen is not None and self._seen[0] is x:
+            bias = getattr(self.get_base_layer(), "bias", None)
+            return self._seen[1] if bias is None else self._seen[1] - bias
+        return F.linear(x, self.frozen_weight().to(x.dtype))
+
+    def sublayer_input(self) -> Tensor:
+        if self.tap is None:
+            raise StateError("this layer has no parallel adapter wired to its sub-layer's input.")
+        return self.tap.read()
+
+    # --- forward ---------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        y = self._forward(x, *args, **kwargs)
+        if self.tap is not None:
+            self.tap.value = None
+        return y
+
+    def _forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        active = [
+            (name, branch)
+            for name in self.active_adapters
+            for branch in self.branches.get(name, {}).values()
+        ]
+        stages = {stage: [a for a in active if a[1].stage == stage] for stage in STAGES}
+        shifted = x
+        for name, branch in stages["input"]:
+            shifted = shifted + self._contribution(name, branch, shifted, shifted)
+        y = self.base_layer(shifted, *args, **kwargs)
+        self._seen = (x, y) if shifted is x else None
+        total = y
+        for name, branch in stages["add"]:
+            total = total + self._contribution(name, branch, x, y)
+        self._seen = None
+        for name, branch in (*stages["scale"], *stages["output"]):
+            total = total + self._contribution(name, branch, x, total)
+        return total
+
+    def _contribution(self, adapter: str, branch: Branch, x: Tensor, y: Tensor) -> Tensor:
+        params = self.params(adapter, branch.kind.name)
+        dtype = next(iter(params.values())).dtype
+        out_dtype = y.dtype
+        if dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            x, y = x.to(dtype), y.to(dtype)
+        delta = branch.kind.delta(params, x, y, branch.scaling, self)
+        if branch.gate != 1.0:
+            delta = delta * branch.gate
+        if self.observer is not None:
+            self.observer(branch, delta)
+        return delta.to(out_dtype)
+
+    # --- merge -----------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the modules into the frozen weight; the old weight is kept for an exact unmerge."""
+        adapters = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.branches]
+        if not adapters:
+            return
+        base = self.get_base_layer()
+        original = (base.weight.detach().clone(), _bias_of(base))
+        weight, bias = self._merged(adapters)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(f"NaN or infinite values in the merged weight of adapters {adapters}.")
+        if self._kept is None:
+            self._kept = original
+        base.weight.data = (weight.T if self.is_transposed else weight).contiguous().to(base.weight)
+        if bias is not None:
+            base.bias.data = bias.to(base.bias)
+        self.merged_adapters.extend(adapters)
+
+    def unmerge(self) -> None:
+        if self._kept is None:
+            return
+        base = self.get_base_layer()
+        base.weight.data, bias = self._kept
+        if bias is not None:
+            base.bias.data = bias
+        self._kept = None
+        self.merged_adapters.clear()
+
+    def _merged(self, adapters: list[str]) -> tuple[Tensor, Tensor | None]:
+        wide = torch.float64 if self.frozen_weight().dtype == torch.float64 else torch.float32
+        frozen = self.frozen_weight().to(wide)
+        base_bias = _bias_of(self.get_base_layer())
+        weight, bias = frozen, None if base_bias is None else base_bias.to(wide)
+        active = [(a, b) for a in adapters for b in self.branches[a].values()]
+        for stage in STAGES:
+            for name, branch in (a for a in active if a[1].stage == stage):
+                own = self.params(name, branch.kind.name)
+                params = {k: v.detach().to(wide) for k, v in own.items()}
+                start = frozen if stage == "add" else weight
+                new, new_bias = branch.kind.merged(start, bias, params, branch.scaling, stage)
+                if branch.gate != 1.0:
+                    raise StateError("a gated module cannot be merged; set its gate back to 1.")
+                weight = weight + (new - start) if stage == "add" else new
+                bias = new_bias
+        return weight, bias
+
+
+def _attribute(kind: str, tensor: str) -> str:
+    return f"{PREFIX}{kind}_{tensor}"
+
+
+def _bias_of(layer: nn.Module) -> Tensor | None:
+    bias = getattr(layer, "bias", None)
+    return None if bias is None else bias.detach().clone()

@@ -1,0 +1,6 @@
+"""Contract suites: reusable checks for the author of a kind or a criterion."""
+
+from prunepeft.testing.criteria import CriterionContract, make_record
+from prunepeft.testing.kinds import KindContract
+
+__all__ = ["CriterionContract", "KindContract", "make_record"]
