@@ -28,11 +28,15 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
-            raise BudgetError(f"budget unit {self.unit!r} is unknown; use one of {', '.join(UNITS)}.")
+            raise BudgetError(
+                f"budget unit {self.unit!r} is unknown; use one of {', '.join(UNITS)}."
+            )
         if not math.isfinite(self.amount) or self.amount <= 0:
             raise BudgetError(f"the budget must be above zero; got {self.amount}. Use {_FORMS}.")
         if self.relative and self.amount > 1:
-            raise BudgetError(f"a budget of {self.amount:.0%} exceeds the base model; use at most 100%.")
+            raise BudgetError(
+                f"a budget of {self.amount:.0%} exceeds the base model; use at most 100%."
+            )
 
     @classmethod
     def parse(cls, text: "str | int | float | Budget") -> "Budget":
@@ -56,7 +60,9 @@ class Budget:
         if match := re.fullmatch(r"([-+.\d]+(?:e[-+]?\d+)?)\s*([kmb]?)", raw):
             amount = _number(match[1], raw) * _SUFFIX[match[2]]
             if 0 < amount < 1:
-                raise BudgetError(f"budget {text!r} is below one parameter; a share needs %: {_FORMS}.")
+                raise BudgetError(
+                    f"budget {text!r} is below one parameter; a share needs %: {_FORMS}."
+                )
             return cls(amount)
         raise BudgetError(f"budget {text!r} cannot be read; use {_FORMS}.")
 

@@ -100,7 +100,9 @@ class PruneCallback(TrainerCallback):
         if self.criteria:
             self._used = {"all": list(self.criteria)}
         else:
-            self._used = {p: list(c) for p, c in (self.strategy or fallback_strategy(partitions)).items()}
+            self._used = {
+                p: list(c) for p, c in (self.strategy or fallback_strategy(partitions)).items()
+            }
         span = self.end - self.start
         self._events = [
             max(1, round(state.max_steps * (self.start + span * (i + 1) / self.rounds)))

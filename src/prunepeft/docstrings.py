@@ -20,8 +20,23 @@ MAX_FILES = 700
 MAX_BYTES = 80_000  # parsing takes time, so only files are parsed that are not too long
 MAX_BYTES_PER_QUOTE = 2_000  # and that hold many docstrings
 VALIDATION_SHARE = 0.2
-SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "vendor", "externals", "_external", "_extern"}
-SKIPPED_FILES = ("test", "conftest", "version.py", "_version.py", "__config__.py")  # some differ from build to build
+SKIPPED_FOLDERS = {
+    "tests",
+    "test",
+    "testing",
+    "_vendor",
+    "vendor",
+    "externals",
+    "_external",
+    "_extern",
+}
+SKIPPED_FILES = (
+    "test",
+    "conftest",
+    "version.py",
+    "_version.py",
+    "__config__.py",
+)  # some differ from build to build
 
 MASK = "this library"
 NAMES = (
@@ -29,7 +44,9 @@ NAMES = (
     "transformers|hugging ?face|hf|libtorch|torchscript|ndarrays?"
 )
 NAME = re.compile(rf"(?<![A-Za-z0-9_])(?:{NAMES})(?![A-Za-z0-9_])(?:\.\w+)*", re.IGNORECASE)
-HIDDEN_NAME = re.compile(r"numpy|scipy|sklearn|scikit|matplotlib|pyplot|torch|hugging|transformers", re.IGNORECASE)
+HIDDEN_NAME = re.compile(
+    r"numpy|scipy|sklearn|scikit|matplotlib|pyplot|torch|hugging|transformers", re.IGNORECASE
+)
 SECTION = re.compile(r"^\s*(?:[A-Z][A-Za-z ]{2,30}:\s*$|[-=~^*]{3,}\s*$|\.\. |>>> |:[a-z]+|@)")
 SENTENCE_END = re.compile(r"(?<=[a-z0-9)][.!?])\s+(?=[A-Z])")
 ROLE = re.compile(r":[a-z:]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
@@ -63,19 +80,29 @@ def make_docstrings(libraries: Sequence[str] = LIBRARIES) -> dict[str, list[dict
     rows: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
     for split, part in rows.items():
         unique = {
-            library: [s for s in splits[split] if len(owners[_key(s)]) == 1] for library, splits in found.items()
+            library: [s for s in splits[split] if len(owners[_key(s)]) == 1]
+            for library, splits in found.items()
         }
-        size = min(N_TRAIN if split == "train" else N_VALIDATION, *(len(items) for items in unique.values()))
+        size = min(
+            N_TRAIN if split == "train" else N_VALIDATION,
+            *(len(items) for items in unique.values()),
+        )
         if size < 2:
             poorest = min(unique, key=lambda library: len(unique[library]))
-            raise DataError(f"docstrings: {poorest} has too few sentences; reinstall it with its source files.")
-        part += [{"sentence": s, "label": library} for library, items in unique.items() for s in items[:size]]
+            raise DataError(
+                f"docstrings: {poorest} has too few sentences; reinstall it with its source files."
+            )
+        part += [
+            {"sentence": s, "label": library}
+            for library, items in unique.items()
+            for s in items[:size]
+        ]
         part.sort(key=lambda row: _hash(row["sentence"]))
     return rows
 
 
 def _find_sentences(library: str) -> dict[str, list[str]]:
-    """Distinct sentences of one library by split, enough for the quota, in the order of file hashes."""
+    """Distinct sentences of one library by split, in the order of file hashes."""
     wanted = {"train": N_TRAIN * 11 // 10, "validation": N_VALIDATION * 5 // 4}
     found: dict[str, dict[str, str]] = {"train": {}, "validation": {}}
     n_files = {"train": 0, "validation": 0}
@@ -94,7 +121,10 @@ def _find_sentences(library: str) -> dict[str, list[str]]:
 def _source_files(library: str) -> list[tuple[str, Path]]:
     spec = importlib.util.find_spec(library)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"docstrings: the package {library!r} is not installed; install it, or give your own data.")
+        raise DataError(
+            f"docstrings: the package {library!r} is not installed; install it, or give your "
+            f"own data."
+        )
     root = Path(next(iter(spec.submodule_search_locations)))
     files = []
     for path in root.rglob("*.py"):
@@ -116,7 +146,9 @@ def _file_sentences(path: Path) -> set[str]:
     return {sentence for docstring in _docstrings(tree) for sentence in find_sentences(docstring)}
 
 
-def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+def _docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
+) -> Iterator[str]:
     text = ast.get_docstring(node)
     if text:
         yield text
@@ -128,7 +160,7 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 def find_sentences(docstring: str) -> list[str]:
     """Take the natural-language sentences out of a docstring, with library names masked.
 
-    Headings, indented blocks, lists, tables, code and everything under a heading of parameters is left out.
+    Headings, indented blocks, lists, tables, code and what stands under a heading are left out.
 
     Example:
         >>> find_sentences("Return the mean of the values of a torch tensor.\\n\\n>>> mean(x)")
@@ -137,7 +169,9 @@ def find_sentences(docstring: str) -> list[str]:
     sentences = []
     for paragraph in re.split(r"\n\s*\n", docstring):
         lines = paragraph.split("\n")
-        if any(SECTION.match(line) for line in lines) or any(line[:1].isspace() for line in lines[1:]):
+        if any(SECTION.match(line) for line in lines) or any(
+            line[:1].isspace() for line in lines[1:]
+        ):
             continue
         text = ROLE.sub(r"\1", " ".join(line.strip() for line in lines)).replace("``", "")
         for sentence in SENTENCE_END.split(" ".join(text.split())):
@@ -155,7 +189,9 @@ def _is_prose(sentence: str) -> bool:
         return False
     if HIDDEN_NAME.search(sentence) or sentence.count(MASK) > 2:
         return False
-    return sum(bool(WORD.fullmatch(word.strip(".,;:()\"'!?"))) for word in words) >= 0.8 * len(words)
+    return sum(bool(WORD.fullmatch(word.strip(".,;:()\"'!?"))) for word in words) >= 0.8 * len(
+        words
+    )
 
 
 def _key(sentence: str) -> str:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from prunepeft.budget import Budget
 from prunepeft.candidates import LORA_ALL_ROLES, make_lora_baseline, make_space, paper_space
 from prunepeft.config import RunConfig
@@ -94,16 +92,14 @@ def make_plan(config: RunConfig) -> Plan:
     )
     task = TASKS.get(config.task or splits.task)
     metric = config.metric or task.default_metric
-    check_metric(metric, task.name)
-    model = task.make_empty_model(
-        config.model, splits, trust_remote_code=config.trust_remote_code
-    )
+    check_metric(metric, task.name, len(splits.labels or ()) or None)
+    trust = config.trust_remote_code
+    model = task.make_empty_model(config.model, splits, trust_remote_code=trust)
     sites = find_sites(model)
     n_base = count_base_params(model)
     budget = Budget.parse(config.budget) if config.budget is not None else None
     limit = budget.limit(n_base) if budget else 0
     given = read_architecture(config.arch) if config.arch else None
-    space = None if given else _space(config, sites, budget, limit)
     plan = Plan(
         config=config,
         splits=splits,
@@ -112,7 +108,7 @@ def make_plan(config: RunConfig) -> Plan:
         n_base=n_base,
         family=getattr(model.config, "model_type", type(model).__name__),
         sites=sites,
-        space=space,
+        space=None if given else _space(config, sites, budget, limit),
         given=given,
         budget=budget,
         limit=limit,
@@ -140,7 +136,9 @@ def read_architecture(path: str) -> Placement:
     """Placement of an `arch.json`, or of the run folder that holds one."""
     file = Path(path)
     if file.is_dir():
-        file = next((f for f in (file / "best" / "arch.json", file / "arch.json") if f.is_file()), file)
+        file = next(
+            (f for f in (file / "best" / "arch.json", file / "arch.json") if f.is_file()), file
+        )
     if not file.is_file():
         raise ConfigError(
             f"arch {path!r} is no arch.json and no run folder with best/arch.json; give one of them."

@@ -48,7 +48,11 @@ class Resumable:
     def after_epoch(self, epoch: int, log: PhaseLog, metrics: dict[str, float]) -> dict[str, float]:
         """Take an epoch into the record; returns its entry of the curve."""
         scores = {k: v for k, v in metrics.items() if k != "loss"}
-        entry = {"epoch": epoch, "train_loss": log.loss, "validation_loss": metrics.get("loss", 0.0)}
+        entry = {
+            "epoch": epoch,
+            "train_loss": log.loss,
+            "validation_loss": metrics.get("loss", 0.0),
+        }
         self.curve.append(entry | scores)
         self.cost["seconds"] += log.seconds
         self.cost["steps"] += log.steps

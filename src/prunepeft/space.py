@@ -260,12 +260,16 @@ def _site_from_dict(data: Any) -> Site:
         if not isinstance(value, str) or "\0" in value or ".." in value:
             raise ConfigError(f"site.{name} {value!r} is not a plain module path or name.")
     if site.block not in BLOCKS or site.role not in ROLES:
-        raise ConfigError(f"site {site.path} has unknown block {site.block!r} or role {site.role!r}.")
+        raise ConfigError(
+            f"site {site.path} has unknown block {site.block!r} or role {site.role!r}."
+        )
     for name in ("layer", "n_layers", "d_in", "d_out"):
         if not _is_int(getattr(site, name)) or not 0 <= getattr(site, name) < 2**31:
             raise ConfigError(f"site.{name} must be a whole number; got {getattr(site, name)!r}.")
     if not site.layer < site.n_layers:
-        raise ConfigError(f"site {site.path}: layer {site.layer} of {site.n_layers} does not exist.")
+        raise ConfigError(
+            f"site {site.path}: layer {site.layer} of {site.n_layers} does not exist."
+        )
     return site
 
 

@@ -119,7 +119,9 @@ class TrainerEvaluator:
         self.phases.progress.finish(f"loss {result.loss:.3f}")
         return result
 
-    def train(self, placement: Placement, *, name: str, seed: int, lr: float | None = None) -> Outcome:
+    def train(
+        self, placement: Placement, *, name: str, seed: int, lr: float | None = None
+    ) -> Outcome:
         """Train a placement from its first values for all epochs; the best epoch is kept.
 
         Args:
@@ -150,7 +152,9 @@ class TrainerEvaluator:
         self._remember(key, call, result, run.best)
         if self.writes:
             run.clear()
-        self.phases.progress.finish(f"{self.target.metric} {result.metrics[self.target.metric]:.4f}")
+        self.phases.progress.finish(
+            f"{self.target.metric} {result.metrics[self.target.metric]:.4f}"
+        )
         return result
 
     def weights(self, outcome: Outcome) -> dict[str, Tensor]:
@@ -221,7 +225,12 @@ class TrainerEvaluator:
         return subset(train, n, seed, "labels" if self.target.stratify else None)
 
     def _call(self, what: str, placement: Placement, **more: Any) -> dict[str, Any]:
-        return {"what": what, "placement": placement.digest, "context": dict(self.target.context), **more}
+        return {
+            "what": what,
+            "placement": placement.digest,
+            "context": dict(self.target.context),
+            **more,
+        }
 
     def _remember(
         self, key: str, call: dict[str, Any], result: Any, tensors: dict[str, Tensor] | None
@@ -235,5 +244,7 @@ class TrainerEvaluator:
     def _tensors(self, key: str) -> dict[str, Tensor]:
         tensors = self._held.get(key) or self.journal.get_tensors(key)
         if tensors is None:
-            raise StateError(f"the weights of run {key} are gone from {self.journal.folder}; run again.")
+            raise StateError(
+                f"the weights of run {key} are gone from {self.journal.folder}; run again."
+            )
         return tensors

@@ -5,14 +5,13 @@ equals training that never stopped. Modules are pruned between phases, never ins
 what data parallel needs.
 """
 
-import contextlib
 import hashlib
+import itertools
 import logging
 import math
-import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from prunepeft.config import TrainSettings
 from prunepeft.criteria.record import Recorder
 from prunepeft.errors import OutOfMemoryError, StateError
+from prunepeft.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from prunepeft.progress import Progress
 from prunepeft.supernet import slot_parameters
 
@@ -73,7 +73,7 @@ def batch_indices(lengths: Sequence[int], batch: int, pieces: int, seed: int) ->
     steps = [grouped[i : i + size] for i in range(0, len(grouped) - size + 1, size)]
     shuffle = torch.randperm(len(steps), generator=torch.Generator().manual_seed(seed + 1)).tolist()
     cuts = [size * p // pieces for p in range(pieces + 1)]
-    spans = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    spans = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
     return [steps[i][a:b] for i in shuffle for a, b in spans]
 
 
@@ -116,7 +116,9 @@ class _PhaseTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         return self.accelerator.prepare(
-            DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+            DataLoader(
+                self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator
+            )
         )
 
 
@@ -222,7 +224,9 @@ class Phases:
         trainer = self._trainer(net, 0, None, None, None, None)
         out = trainer.evaluate(self.validation if rows is None else rows, metric_key_prefix="eval")
         skip = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
-        kept = {k: v for k, v in out.items() if k not in skip and not k.startswith("eval_model_prep")}
+        kept = {
+            k: v for k, v in out.items() if k not in skip and not k.startswith("eval_model_prep")
+        }
         return {k.removeprefix("eval_"): float(v) for k, v in kept.items()}
 
     def _trainer(self, net, seed, rows, optimizer, scheduler, recorder) -> _PhaseTrainer:
@@ -267,48 +271,10 @@ class Phases:
             ddp_find_unused_parameters=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        args._n_gpu = min(args.n_gpu, 1)  # one process a device; DataParallel would split modules' state
+        args._n_gpu = min(
+            args.n_gpu, 1
+        )  # one process a device; DataParallel would split modules' state
         return args
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on the device or the host."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        part in text for part in ("out of memory", "can't allocate memory", "not enough memory")
-    )
-
-
-def reset_peak_memory() -> None:
-    """Start a new peak: on CUDA the allocator's, else the process's (Linux)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Peak bytes since `reset_peak_memory` (device memory on CUDA, resident memory on CPU)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextlib.contextmanager
-def quiet_warnings() -> Iterator[None]:
-    """Hide transformers' and peft's chatter that does not concern the user."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-        yield
 
 
 def _copy_state(state: Any) -> Any:

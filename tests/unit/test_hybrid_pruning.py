@@ -22,7 +22,9 @@ def make_space(n_layers: int = 6, rank: int = 8, width: int = 16, d: int = 16) -
         sites = [
             Site(f"l.{layer}.{r}", "encoder", layer, n_layers, "attention", r, d, d) for r in "qv"
         ]
-        down = Site(f"l.{layer}.down", "encoder", layer, n_layers, "ffn", "down", 4 * d, d, f"l.{layer}.up")
+        down = Site(
+            f"l.{layer}.down", "encoder", layer, n_layers, "ffn", "down", 4 * d, d, f"l.{layer}.up"
+        )
         slots.append(Slot(tuple(sites), "lora", (rank,)))
         slots.append(Slot((down,), "serial_adapter", (width,)))
     return SearchSpace(tuple(slots))
@@ -35,7 +37,18 @@ class MockEvaluator:
         self.calls: list[dict] = []
         self.useful = useful
 
-    def score(self, placement: Placement, criteria, *, name, fidelity, seed, init_seed, start="", keep=False):
+    def score(
+        self,
+        placement: Placement,
+        criteria,
+        *,
+        name,
+        fidelity,
+        seed,
+        init_seed,
+        start="",
+        keep=False,
+    ):
         self.calls.append(
             {"ids": placement.ids, "seed": seed, "init": init_seed, "start": start, "keep": keep}
         )
@@ -50,7 +63,9 @@ class MockEvaluator:
         return Scored(saliency, key=key, seconds=1.0, steps=10, rows=5, peak_memory_bytes=7)
 
 
-def make_problem(space: SearchSpace, limit: int, evaluator=None, unit="parameters", seed=0) -> Problem:
+def make_problem(
+    space: SearchSpace, limit: int, evaluator=None, unit="parameters", seed=0
+) -> Problem:
     return Problem(space, limit, unit, evaluator or MockEvaluator(), 1000, Fidelity(), seed)
 
 
@@ -66,13 +81,20 @@ def unshared_warm_up(strategy: HybridPruning, problem: Problem) -> dict[str, lis
         evaluator = problem.evaluator
 
         class OneAtATime:
-            def score(self, placement, criteria, evaluator=evaluator, criterion=criterion, **kwargs):
+            def score(
+                self, placement, criteria, evaluator=evaluator, criterion=criterion, **kwargs
+            ):
                 full = evaluator.score(placement, tuple(PAPER_CRITERIA), **kwargs)
                 return Scored({criterion: full.saliency[criterion]}, key=full.key)
 
         single = Problem(
-            problem.space, problem.limit, problem.unit, OneAtATime(), problem.n_train,
-            problem.fidelity, problem.seed,
+            problem.space,
+            problem.limit,
+            problem.unit,
+            OneAtATime(),
+            problem.n_train,
+            problem.fidelity,
+            problem.seed,
         )
         result = alone.search(single)
         turns = result.history["warmup"]["turns"]
@@ -160,11 +182,16 @@ def test_reinitialisation_policies():
     seen = {}
     for policy in ("reset", "init", "keep"):
         evaluator = MockEvaluator()
-        HybridPruning(reinit=policy, warmup=False).search(make_problem(space, half(space), evaluator))
+        HybridPruning(reinit=policy, warmup=False).search(
+            make_problem(space, half(space), evaluator)
+        )
         seen[policy] = evaluator.calls
     assert len({c["init"] for c in seen["reset"]}) == len(seen["reset"]) > 1
     assert len({c["init"] for c in seen["init"]}) == 1
-    assert [c["start"] for c in seen["keep"]] == ["", *(f"run{i}" for i in range(1, len(seen["keep"])))]
+    assert [c["start"] for c in seen["keep"]] == [
+        "",
+        *(f"run{i}" for i in range(1, len(seen["keep"]))),
+    ]
     assert all(c["keep"] for c in seen["keep"])
 
 

@@ -13,16 +13,17 @@ MAX_FILE, MAX_FUNCTION = 300, 40
 # Lowest first; a module imports from its own layer and below.
 LAYERS = (
     ("errors", "_version", "interrupts", "progress"),
-    ("registry", "docstrings"),
+    ("registry", "docstrings", "state", "memory"),
     ("space", "budget", "schedules", "config", "metrics"),
     ("kinds", "sites", "families"),
     ("candidates",),
     ("supernet", "criteria"),
     ("structured", "sparse_tuning", "compression"),
-    ("evaluate", "tasks", "data", "state", "training", "train_state", "backends"),
-    ("callback",),
+    ("tasks", "data", "train_state", "training", "evaluate", "resumable", "trainer_evaluator"),
+    ("backends", "callback"),
     ("strategies",),
-    ("plan", "run", "report"),
+    ("report", "plan"),
+    ("engine", "result", "run"),
     ("cli", "testing", "_plugin", "__main__", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

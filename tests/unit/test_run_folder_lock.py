@@ -131,13 +131,16 @@ def test_a_run_overwritten_between_open_and_lock(tmp_path):
 def test_many_processes_take_over_one_stale_lock_one_at_a_time(tmp_path):
     forge(RunFolder(tmp_path), process_start=1)
     code = (
-        "import sys, time; from prunepeft.errors import LockedError\n"
+        "import glob, os, sys, time; from prunepeft.errors import LockedError\n"
         "from prunepeft.state import RunFolder\n"
         "try:\n"
         "    with RunFolder(sys.argv[1]).lock():\n"
-        "        open(sys.argv[1] + '/inside', 'x').close(); time.sleep(3)\n"
+        "        for _ in range(600):\n"
+        "            if len(glob.glob(sys.argv[1] + '/refused-*')) == 3: break\n"
+        "            time.sleep(0.05)\n"
         "    print('ran')\n"
-        "except LockedError: print('locked')"
+        "except LockedError:\n"
+        "    open(f'{sys.argv[1]}/refused-{os.getpid()}', 'x').close(); print('locked')"
     )
     outputs = []
     threads = [

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +36,29 @@ class Output:
         return is_main_process() and not self.json_out and self.verbosity >= 0
 
     @contextlib.contextmanager
-    def work(self) -> Iterator[None]:
-        """Set up logging; while it lasts, stray prints of libraries go to stderr."""
-        _set_up_logging(self.verbosity)
-        with contextlib.redirect_stdout(sys.stderr):
+    def work(self, *, chatty: bool = False) -> Iterator[None]:
+        """While it lasts, log to stderr and send stray prints of libraries there, too.
+
+        Args:
+            chatty: Show what is going on without being asked (long commands).
+        """
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if self.verbosity > 1 else "error")
+        if self.verbosity < 1:
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        with (
+            _logging_to_stderr(self._level(chatty)),
+            contextlib.redirect_stdout(sys.stderr),
+            warnings.catch_warnings(),
+        ):
+            if self.verbosity < 1:  # libraries warn about themselves; ours are log records
+                warnings.simplefilter("ignore")
             yield
+
+    def _level(self, chatty: bool) -> int:
+        if self.verbosity < 0 or not is_main_process():
+            return logging.ERROR
+        steps = (logging.WARNING, logging.INFO, logging.DEBUG)
+        return steps[min(self.verbosity + chatty, 2)]
 
     def document(self, value: Any) -> bool:
         """Print `value` if JSON was asked for; return whether it was."""
@@ -95,8 +114,8 @@ def format_value(value: Any) -> str:
     """A cell's text: thousands separated, floats to four digits, lists with commas.
 
     Example:
-        >>> [format_value(v) for v in (1234567, 0.123456, None, True, ["a", 1])]
-        ['1,234,567', '0.1235', '-', 'yes', 'a, 1']
+        >>> [format_value(v) for v in (1234567, 0.123456, None, True, ["a", 1], {"id": "q:lora"})]
+        ['1,234,567', '0.1235', '-', 'yes', 'a, 1', 'q:lora']
     """
     if value is None:
         return "-"
@@ -108,6 +127,9 @@ def format_value(value: Any) -> str:
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(format_value(item) for item in value)
+    if isinstance(value, Mapping):
+        named = value.get("id", value.get("name"))
+        return str(named) if named else ", ".join(f"{k} {format_value(value[k])}" for k in value)
     return str(value)
 
 
@@ -132,18 +154,16 @@ def _rich_table(title: str, header: Sequence[str], cells: Sequence[Sequence[str]
     Console().print(table)
 
 
-def _set_up_logging(verbosity: int) -> None:
-    level = {-1: logging.ERROR, 0: logging.INFO}.get(verbosity, logging.DEBUG)
-    if not is_main_process():
-        level = logging.ERROR
+@contextlib.contextmanager
+def _logging_to_stderr(level: int) -> Iterator[None]:
     own = logging.getLogger("prunepeft")
-    own.setLevel(level)
-    if not any(getattr(handler, "is_cli", False) for handler in own.handlers):
-        handler = logging.StreamHandler()
-        handler.is_cli = True  # type: ignore[attr-defined]
-        handler.setFormatter(logging.Formatter("%(levelname).1s %(message)s"))
-        own.addHandler(handler)
-        own.propagate = False
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if verbosity > 1 else "error")
-    if verbosity < 1:
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    before, handler = own.level, logging.StreamHandler()
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter("%(levelname).1s %(message)s"))
+    own.setLevel(min(level, logging.INFO))
+    own.addHandler(handler)
+    try:
+        yield
+    finally:
+        own.removeHandler(handler)
+        own.setLevel(before)

@@ -32,7 +32,7 @@ def search(config: "RunConfig", switches: Switches, output: Output) -> None:
 
 def run_and_print(name: str, config: "RunConfig", switches: Switches, output: Output) -> None:
     """Call `prunepeft.run.<name>` and print its plan or result."""
-    with output.work():
+    with output.work(chatty=True):
         from prunepeft import run
         from prunepeft.cli.progress import make_progress
 

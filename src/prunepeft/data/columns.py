@@ -9,7 +9,18 @@ from prunepeft.registry import unknown_name
 
 TASK_NAMES = ("seq-cls", "regression", "causal-lm")
 ROLES = ("text", "text_pair", "label", "prompt", "prompt_input", "completion", "messages")
-LABELS = ("label", "labels", "target", "class", "category", "intent", "sentiment", "score", "rating", "relatedness")
+LABELS = (
+    "label",
+    "labels",
+    "target",
+    "class",
+    "category",
+    "intent",
+    "sentiment",
+    "score",
+    "rating",
+    "relatedness",
+)
 PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -22,7 +33,18 @@ PAIRS = (
     ("text_a", "text_b"),
     ("text", "text_pair"),
 )
-TEXTS = ("sentence", "text", "review", "content", "document", "comment", "tweet", "utterance", "question", "query")
+TEXTS = (
+    "sentence",
+    "text",
+    "review",
+    "content",
+    "document",
+    "comment",
+    "tweet",
+    "utterance",
+    "question",
+    "query",
+)
 MESSAGES = ("messages", "conversations", "conversation")
 PROMPTS = (
     ("prompt", "completion"),
@@ -40,7 +62,9 @@ ROLES_OF_TASK = {
 }
 
 
-def find_columns(table: Table, task: str | None, named: Mapping[str, str] | None) -> tuple[str, dict[str, str]]:
+def find_columns(
+    table: Table, task: str | None, named: Mapping[str, str] | None
+) -> tuple[str, dict[str, str]]:
     """Guess the task, and the column of each role, from the train split.
 
     Args:
@@ -63,7 +87,10 @@ def find_columns(table: Table, task: str | None, named: Mapping[str, str] | None
     for role in named:
         if role not in ROLES_OF_TASK[task]:
             allowed = ", ".join(ROLES_OF_TASK[task])
-            raise ConfigError(f"columns: task {task} does not use the role {role!r}; it uses {allowed}. Leave it out.")
+            raise ConfigError(
+                f"columns: task {task} does not use the role {role!r}; it uses {allowed}. "
+                f"Leave it out."
+            )
     roles = {role: column for role, column in roles.items() if role in ROLES_OF_TASK[task]}
     _check_complete(table, task, roles)
     return task, roles
@@ -76,9 +103,13 @@ def _check_named(table: Table, task: str | None, named: dict[str, str]) -> None:
         if role not in ROLES:
             raise ConfigError(f"columns: {unknown_name('role', role, ROLES)}")
         if column not in table.columns:
-            raise DataError(f"{table.places[0][0]}: {unknown_name('column', column, table.columns)}")
+            raise DataError(
+                f"{table.places[0][0]}: {unknown_name('column', column, table.columns)}"
+            )
     if len(set(named.values())) < len(named):
-        raise ConfigError(f"columns: two roles name the same column ({named}); name a different one for each.")
+        raise ConfigError(
+            f"columns: two roles name the same column ({named}); name a different one for each."
+        )
 
 
 def _detect(table: Table, task: str | None, named: dict[str, str]) -> dict[str, str]:
@@ -103,13 +134,14 @@ def _detect_language_model(free: dict[str, str], named: dict[str, str]) -> dict[
     message = next((name for name in MESSAGES if name in free), None)
     if message and "prompt" not in named:
         return {"messages": free[message]}
-    if "prompt" in named and "completion" in named:
-        return {}
-    for prompt, completion in PROMPTS:
+    pair = {role: named[role] for role in ("prompt", "completion") if role in named}
+    for prompt, completion in () if len(pair) == 2 else PROMPTS:
         if prompt in free and completion in free:
             pair = {"prompt": free[prompt], "completion": free[completion]}
-            return pair | ({"prompt_input": free["input"]} if prompt == "instruction" and "input" in free else {})
-    return {}
+            break
+    if pair.get("prompt", "").lower() == "instruction" and "input" in free:
+        pair["prompt_input"] = free["input"]
+    return pair
 
 
 def _detect_texts(free: dict[str, str], named: dict[str, str]) -> dict[str, str]:
@@ -139,7 +171,8 @@ def _check_complete(table: Table, task: str, roles: dict[str, str]) -> None:
         ways = ({"text"}, {"messages"}, {"prompt", "completion"})
         if not any(way <= set(roles) for way in ways):
             raise DataError(
-                f"{place}: no column for the text was recognised (columns: {columns}). Name them, for example "
+                f"{place}: no column for the text was recognised (columns: {columns}). Name "
+                f"them, for example "
                 "columns={'text': ...}, {'prompt': ..., 'completion': ...} or {'messages': ...}."
             )
         return
@@ -151,7 +184,8 @@ def _check_complete(table: Table, task: str, roles: dict[str, str]) -> None:
     for role in ("text", "label"):
         if role not in roles:
             raise DataError(
-                f"{place}: no column for the {role} was recognised (columns: {columns}), and task {task} needs "
+                f"{place}: no column for the {role} was recognised (columns: {columns}), and "
+                f"task {task} needs "
                 f"one. Name it with columns={{'{role}': '<column>'}}"
                 + (", or add a header line." if table.untyped else ".")
             )
@@ -168,7 +202,9 @@ def parse_numbers(values: list[Any]) -> list[Any]:
         return values
     for kind in (int, float):
         try:
-            numbers = [None if value is None or not value.strip() else kind(value) for value in values]
+            numbers = [
+                None if value is None or not value.strip() else kind(value) for value in values
+            ]
         except ValueError:
             continue
         if any(number is not None and number == number for number in numbers):

@@ -15,7 +15,10 @@ from prunepeft.errors import DataError
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
-BROKEN_JSON = "{place}, line {number}: not valid JSON ({reason}). Every line must be one object in {{...}}; fix or remove it."
+BROKEN_JSON = (
+    "{place}, line {number}: not valid JSON ({reason}). Every line must be one "
+    "object in {{...}}; fix or remove it."
+)
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,24 @@ def read_file(path: Path) -> Table:
             f"allowed are {', '.join(FORMATS)}. Convert or rename the file."
         )
     if not path.is_file():
-        raise DataError(f"{path} is not an ordinary file; give a file, a folder of splits or a hub id.")
+        raise DataError(
+            f"{path} is not an ordinary file; give a file, a folder of splits or a hub id."
+        )
     try:
         data = path.read_bytes()
     except PermissionError as error:
-        raise DataError(f"{path} cannot be read: no permission. Change its rights (chmod u+r) and try again.") from error
+        raise DataError(
+            f"{path} cannot be read: no permission. Change its rights (chmod u+r) and try again."
+        ) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the disk and the path.") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or error}); check the disk and the path."
+        ) from error
     table = parse_bytes(data, kind, str(path))
     if not table.rows:
-        raise DataError(f"{path} has no rows; check that the right file was written and is complete.")
+        raise DataError(
+            f"{path} has no rows; check that the right file was written and is complete."
+        )
     return table
 
 
@@ -96,7 +107,8 @@ def _decode(data: bytes, place: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{place}, line {line}: not valid {encoding.removesuffix('-sig').upper()} (byte {error.start}); "
+            f"{place}, line {line}: not valid {encoding.removesuffix('-sig').upper()} (byte "
+            f"{error.start}); "
             "save the file as UTF-8."
         ) from error
 
@@ -135,7 +147,10 @@ def _parse_json(text: str, place: str) -> Table:
     try:
         items = _json_value(text)
     except ValueError as error:
-        raise DataError(f"{place}: not valid JSON ({error}). The file must be a list of objects, or one object a line.") from error
+        raise DataError(
+            f"{place}: not valid JSON ({error}). The file must be a list of objects, or one "
+            f"object a line."
+        ) from error
     rows = [_check_object(row, f"{place}, row {number}") for number, row in enumerate(items, 1)]
     return Table(_same_keys(rows), [(place, "row", number) for number in range(1, len(rows) + 1)])
 
@@ -180,7 +195,9 @@ def _check_delimiter(text: str, delimiter: str, place: str) -> None:
 
 
 def _read_delimited(text: str, delimiter: str, place: str, quoting: int) -> Table:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting
+    )
     header: list[str] = []
     rows: list[dict[str, Any]] = []
     places: list[tuple[str, str, int]] = []
@@ -193,14 +210,17 @@ def _read_delimited(text: str, delimiter: str, place: str, quoting: int) -> Tabl
                 continue
             if len(fields) != len(header):
                 raise DataError(
-                    f"{place}, line {reader.line_num}: {len(fields)} fields, but the header has {len(header)} "
-                    f"({', '.join(header)}). Put quotation marks around text that holds the delimiter."
+                    f"{place}, line {reader.line_num}: {len(fields)} fields, but the header "
+                    f"has {len(header)} "
+                    f"({', '.join(header)}). Put quotation marks around text that holds the "
+                    f"delimiter."
                 )
             rows.append(dict(zip(header, fields, strict=True)))
             places.append((place, "line", reader.line_num))
     except csv.Error as error:
         raise DataError(
-            f"{place}, line {reader.line_num}: broken quoting or a field that is too long ({error}). "
+            f"{place}, line {reader.line_num}: broken quoting or a field that is too long "
+            f"({error}). "
             "Double every quotation mark inside a quoted field, or save the data as jsonl."
         ) from error
     return Table(rows, places, untyped=True)
@@ -225,5 +245,7 @@ def _parse_parquet(data: bytes, place: str) -> Table:
         rows = pq.ParquetFile(pa.BufferReader(data)).read().to_pylist()
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{place}: not a readable parquet file ({reason}). Write it again.") from error
+        raise DataError(
+            f"{place}: not a readable parquet file ({reason}). Write it again."
+        ) from error
     return Table(rows, [(place, "row", number) for number in range(1, len(rows) + 1)])

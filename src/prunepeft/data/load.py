@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunepeft.data.columns import find_columns
 from prunepeft.data.formats import Table
@@ -10,6 +10,9 @@ from prunepeft.data.rows import check_columns, read_labels, read_messages, read_
 from prunepeft.data.sources import read_source
 from prunepeft.data.splits import Splits, fingerprint, stratified_order
 from prunepeft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -65,25 +68,64 @@ def load_data(
         notes.append(f"validation: {len(order) - cut} rows of train, {how}")
         order = order[:cut]
     if max_rows is not None and len(order) > max_rows:
-        notes.append(f"train: {max(max_rows, len(labels or ()))} of {len(order)} rows are used (max_rows)")
+        notes.append(
+            f"train: {max(max_rows, len(labels or ()))} of {len(order)} rows are used (max_rows)"
+        )
         order = order[: max(max_rows, len(labels or ()))]
     values["train"] = _take(values["train"], order)
     for split, part in values.items():
         if _count(part) < 2:
-            raise DataError(f"{source}: the {split} split has 1 row; at least 2 are needed. Add rows.")
+            raise DataError(
+                f"{source}: the {split} split has 1 row; at least 2 are needed. Add rows."
+            )
     notes += _count_shared(values)
     for note in notes:
         logger.info("%s: %s", source, note)
-    return _make_splits(values, roles, labels, task, source, notes)
+    made = {split: _make_dataset(part, roles) for split, part in values.items()}
+    return Splits(
+        train=made["train"],
+        validation=made["validation"],
+        test=made.get("test"),
+        columns={role: column for role, column in roles.items() if role in values["train"]},
+        labels=labels,
+        task=task,
+        source=source,
+        fingerprint=fingerprint(task, labels, values),
+        notes=tuple(notes),
+    )
 
 
-def _check_arguments(source: str, seed: int, validation_fraction: float, max_rows: int | None) -> None:
+def load_rows(source: str, *, like: Splits, offline: bool = False) -> "Dataset":
+    """Load rows to judge a model on that was trained on other data.
+
+    Args:
+        source: As for `load_data`; of several splits test is taken, else validation, else train.
+        like: The data of training: columns and classes must be the same.
+        offline: Never reach for the network.
+
+    Raises:
+        DataError: if columns are missing or a label is none of the known classes.
+    """
+    tables, _ = read_source(source, offline=offline)
+    part = next(split for split in ("test", "validation", "train") if split in tables)
+    task, roles = find_columns(tables[part], like.task, like.columns)
+    values, _ = _read_values({part: tables[part]}, task, roles, [], like.labels)
+    return _make_dataset(values[part], like.columns)
+
+
+def _check_arguments(
+    source: str, seed: int, validation_fraction: float, max_rows: int | None
+) -> None:
     if not isinstance(source, str):
-        raise ConfigError(f"source is {source!r:.60}; give a path, a glob, 'docstrings' or a hub id as text.")
+        raise ConfigError(
+            f"source is {source!r:.60}; give a path, a glob, 'docstrings' or a hub id as text."
+        )
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed is {seed!r}; allowed are whole numbers from 0 to 4294967295.")
     if not 0 < validation_fraction < 1:
-        raise ConfigError(f"validation_fraction is {validation_fraction!r}; allowed is a share between 0 and 1.")
+        raise ConfigError(
+            f"validation_fraction is {validation_fraction!r}; allowed is a share between 0 and 1."
+        )
     if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 2):
         raise ConfigError(f"max_rows is {max_rows!r}; allowed are whole numbers from 2, or none.")
 
@@ -93,21 +135,27 @@ def _drop_unlabelled_test(tables: dict[str, Table], roles: dict[str, str]) -> li
     if "test" not in tables or "label" not in roles:
         return []
     column, table = roles["label"], tables["test"]
-    if column in table.columns and any(row[column] not in (None, -1, "", "-1") for row in table.rows):
+    if column in table.columns and any(
+        row[column] not in (None, -1, "", "-1") for row in table.rows
+    ):
         return []
     del tables["test"]
     return ["the test split has no labels and is left out"]
 
 
 def _read_values(
-    tables: dict[str, Table], task: str, roles: dict[str, str], notes: list[str]
+    tables: dict[str, Table],
+    task: str,
+    roles: dict[str, str],
+    notes: list[str],
+    known: tuple[str, ...] | None = None,
 ) -> tuple[dict[str, Columns], tuple[str, ...] | None]:
-    """Checked values, split -> role -> list, and the class names."""
+    """Checked values, split -> role -> list, and the class names (`known` if given)."""
     labels = None
     by_split, values = {}, {}
     if "label" in roles:
-        by_split, labels = read_labels(tables, roles["label"], task)
-        if task == "regression":
+        by_split, labels = read_labels(tables, roles["label"], task, known)
+        if task == "regression" and "train" in by_split:
             notes += _check_scores(by_split["train"], roles["label"], tables["train"])
     for split, table in tables.items():
         part: Columns = {}
@@ -121,7 +169,9 @@ def _read_values(
         _check_not_empty(part, split, table, notes)
         if "prompt_input" in part:
             pairs = zip(part["prompt"], part.pop("prompt_input"), strict=True)
-            part["prompt"] = [f"{prompt}\n\n{extra}" if extra.strip() else prompt for prompt, extra in pairs]
+            part["prompt"] = [
+                f"{prompt}\n\n{extra}" if extra.strip() else prompt for prompt, extra in pairs
+            ]
         values[split] = part
     return values, labels
 
@@ -140,15 +190,24 @@ def _check_scores(scores: list[float], column: str, table: Table) -> list[str]:
 def _check_not_empty(part: Columns, split: str, table: Table, notes: list[str]) -> None:
     role = next(name for name in ("messages", "completion", "text") if name in part)
     roles = [name for name in (role, "text_pair") if name in part]
-    empty = sum(not any(_has_text(value) for value in row) for row in zip(*(part[r] for r in roles), strict=True))
+    empty = sum(
+        not any(_has_text(value) for value in row)
+        for row in zip(*(part[r] for r in roles), strict=True)
+    )
     if empty == len(table.rows):
-        raise DataError(f"{table.places[0][0]}: every text of the {split} split is empty; name another column.")
+        raise DataError(
+            f"{table.places[0][0]}: every text of the {split} split is empty; name another column."
+        )
     if empty:
         notes.append(f"{empty} of {len(table.rows)} {split} rows have an empty text")
 
 
 def _has_text(value: Any) -> bool:
-    return bool(value.strip()) if isinstance(value, str) else any(turn["content"].strip() for turn in value)
+    return (
+        bool(value.strip())
+        if isinstance(value, str)
+        else any(turn["content"].strip() for turn in value)
+    )
 
 
 def _count(part: Columns) -> int:
@@ -160,8 +219,10 @@ def _take(part: Columns, rows: list[int]) -> Columns:
     return {role: [values[row] for row in rows] for role, values in part.items()}
 
 
-def _make_order(table: Table, train: Columns, labels: tuple[str, ...] | None, seed: int) -> list[int]:
-    """Order whose beginning is train and whose end validation: stratified, or as it is for running text."""
+def _make_order(
+    table: Table, train: Columns, labels: tuple[str, ...] | None, seed: int
+) -> list[int]:
+    """Order that starts with train and ends with validation; running text stays as it is."""
     if table.running:
         return list(range(len(table.rows)))
     return stratified_order(train["label"] if labels else [0] * len(table.rows), seed)
@@ -172,7 +233,8 @@ def _find_cut(n: int, n_labels: int, fraction: float, source: str) -> int:
     size, least = max(2, round(n * fraction)), max(2, n_labels)
     if n - size < least:
         raise DataError(
-            f"{source}: {n} rows are too few to split off {size} for validation and leave at least {least} "
+            f"{source}: {n} rows are too few to split off {size} for validation and leave at "
+            f"least {least} "
             f"to train on; add rows, or lower validation_fraction ({fraction})."
         )
     return n - size
@@ -180,36 +242,17 @@ def _find_cut(n: int, n_labels: int, fraction: float, source: str) -> int:
 
 def _count_shared(values: dict[str, Columns]) -> list[str]:
     def keys(part: Columns) -> list[str]:
-        return [repr(row) for row in zip(*(part[role] for role in sorted(part) if role != "label"), strict=True)]
+        return [
+            repr(row)
+            for row in zip(*(part[role] for role in sorted(part) if role != "label"), strict=True)
+        ]
 
     train = set(keys(values["train"]))
     shared = sum(key in train for key in keys(values["validation"]))
     return [f"{shared} validation rows have the same text as a train row"] if shared else []
 
 
-def _make_splits(
-    values: dict[str, Columns],
-    roles: dict[str, str],
-    labels: tuple[str, ...] | None,
-    task: str,
-    source: str,
-    notes: list[str],
-) -> Splits:
+def _make_dataset(part: Columns, roles: dict[str, str]) -> "Dataset":
     from datasets import Dataset
 
-    kept = {role: column for role, column in roles.items() if role in values["train"]}
-    made = {
-        split: Dataset.from_dict({column: part[role] for role, column in kept.items()})
-        for split, part in values.items()
-    }
-    return Splits(
-        train=made["train"],
-        validation=made["validation"],
-        test=made.get("test"),
-        columns=kept,
-        labels=labels,
-        task=task,
-        source=source,
-        fingerprint=fingerprint(task, labels, values),
-        notes=tuple(notes),
-    )
+    return Dataset.from_dict({roles[role]: values for role, values in part.items()})

@@ -1,4 +1,4 @@
-"""Check every value that will be used and bring it into one form; a bad one is named by its place."""
+"""Check every value that is used and bring it into one form; a bad one is named by its place."""
 
 import math
 from typing import Any
@@ -8,7 +8,13 @@ from prunepeft.data.formats import Table
 from prunepeft.errors import DataError
 
 Tables = dict[str, Table]
-SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
 
 
 def check_columns(tables: Tables, roles: dict[str, str]) -> None:
@@ -40,12 +46,18 @@ def read_texts(table: Table, role: str, column: str) -> list[str]:
 def _check_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         what = "no value" if value is None else f"a {type(value).__name__}"
-        nested = " (nested columns must be flattened first)" if isinstance(value, list | dict) else ""
-        raise DataError(f"{where}: text is needed, received {what}{nested}. Fix the row or name another column.")
+        nested = (
+            " (nested columns must be flattened first)" if isinstance(value, list | dict) else ""
+        )
+        raise DataError(
+            f"{where}: text is needed, received {what}{nested}. Fix the row or name another column."
+        )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: the text holds half of a surrogate pair; save it as valid Unicode.") from error
+        raise DataError(
+            f"{where}: the text holds half of a surrogate pair; save it as valid Unicode."
+        ) from error
     return value
 
 
@@ -55,7 +67,10 @@ def read_messages(table: Table, column: str) -> list[list[dict[str, str]]]:
     Raises:
         DataError: with the place of the first chat that is malformed.
     """
-    return [_check_chat(row[column], f"{table.where(i)}, column {column!r}") for i, row in enumerate(table.rows)]
+    return [
+        _check_chat(row[column], f"{table.where(i)}, column {column!r}")
+        for i, row in enumerate(table.rows)
+    ]
 
 
 def _check_chat(chat: Any, where: str) -> list[dict[str, str]]:
@@ -67,22 +82,30 @@ def _check_chat(chat: Any, where: str) -> list[dict[str, str]]:
     messages = []
     for turn in chat:
         if not isinstance(turn, dict):
-            raise DataError(f"{where}: a message must be an object with role and content, received {turn!r:.60}.")
+            raise DataError(
+                f"{where}: a message must be an object with role and content, received "
+                f"{turn!r:.60}."
+            )
         role = turn.get("role") or turn.get("from")
         content = turn["content"] if turn.get("content") is not None else turn.get("value")
         if not isinstance(role, str):
-            raise DataError(f"{where}: a message has no role (it needs user, assistant or system). Fix the row.")
+            raise DataError(
+                f"{where}: a message has no role (it needs user, assistant or system). Fix the row."
+            )
         messages.append({"role": SPEAKERS.get(role, role), "content": _check_text(content, where)})
     return messages
 
 
-def read_labels(tables: Tables, column: str, task: str) -> tuple[dict[str, list[Any]], tuple[str, ...] | None]:
+def read_labels(
+    tables: Tables, column: str, task: str, known: tuple[str, ...] | None = None
+) -> tuple[dict[str, list[Any]], tuple[str, ...] | None]:
     """Labels of all splits in the form the task trains on.
 
     Args:
         tables: Split -> table.
         column: The label column.
-        task: "seq-cls" (labels become 0..n-1 in sorted order) or "regression" (floats).
+        task: "seq-cls" (labels become 0..n-1) or "regression" (floats).
+        known: Class names by number; by default those of the train split, sorted.
 
     Returns:
         Labels by split, and the class names (None for regression).
@@ -97,21 +120,37 @@ def read_labels(tables: Tables, column: str, task: str) -> tuple[dict[str, list[
     for split, values in raw.items():
         _check_present(tables[split], values, column)
     if task == "regression":
-        return {split: _check_scores(tables[split], values, column) for split, values in raw.items()}, None
-    return _map_classes(tables, raw, column)
+        return {
+            split: _check_scores(tables[split], values, column) for split, values in raw.items()
+        }, None
+    values = {split: _check_classes(tables[split], labels, column) for split, labels in raw.items()}
+    kinds = {isinstance(value, str) for labels in values.values() for value in labels}
+    if len(kinds) > 1:
+        raise DataError(
+            f"the labels (column {column!r}) mix text and numbers; write all of them in one form."
+        )
+    if known is None:
+        classes = _find_classes(tables["train"], values["train"], column)
+        known = tuple(_class_name(tables["train"], value) for value in classes)
+    return {
+        split: _number(tables[split], labels, known, split) for split, labels in values.items()
+    }, known
 
 
 def _check_present(table: Table, values: list[Any], column: str) -> None:
     for index, value in enumerate(values):
         if value is None or (isinstance(value, str) and not value.strip()):
             raise DataError(
-                f"{table.where(index)}: the label (column {column!r}) is absent. Every row needs one: "
+                f"{table.where(index)}: the label (column {column!r}) is absent. Every row "
+                f"needs one: "
                 "fill it in, remove the row, or name another column."
             )
         if not isinstance(value, str | int | float):
             raise DataError(
-                f"{table.where(index)}: the label (column {column!r}) is a {type(value).__name__}; allowed are "
-                "text and numbers, one per row (labels per token and several labels are not supported)."
+                f"{table.where(index)}: the label (column {column!r}) is a "
+                f"{type(value).__name__}; allowed are "
+                "text and numbers, one per row (labels per token and several labels are not "
+                "supported)."
             )
 
 
@@ -124,44 +163,54 @@ def _check_scores(table: Table, values: list[Any], column: str) -> list[float]:
             score = math.inf
         if not math.isfinite(score) or abs(score) > 3e38:
             raise DataError(
-                f"{table.where(index)}: regression needs a finite number as label, received {value!r:.60} "
+                f"{table.where(index)}: regression needs a finite number as label, received "
+                f"{value!r:.60} "
                 f"(column {column!r}). Fix the row, or set task to seq-cls if labels are classes."
             )
         scores.append(score)
     return scores
 
 
-def _map_classes(
-    tables: Tables, raw: dict[str, list[Any]], column: str
-) -> tuple[dict[str, list[int]], tuple[str, ...]]:
-    values = {split: _check_classes(tables[split], labels, column) for split, labels in raw.items()}
-    kinds = {str if isinstance(value, str) else int for labels in values.values() for value in labels}
-    if len(kinds) > 1:
-        raise DataError(f"the labels (column {column!r}) mix text and numbers; write all of them in one form.")
-    classes = sorted(set(values["train"]))
+def _find_classes(table: Table, values: list[Any], column: str) -> list[Any]:
+    """The classes of the train split in order."""
+    classes = sorted(set(values))
     if len(classes) < 2:
         raise DataError(
-            f"{tables['train'].places[0][0]}: all {len(values['train'])} rows have the label {classes[0]!r}; "
-            "classification needs at least two classes. Check the column, or add rows of another class."
+            f"{table.places[0][0]}: all {len(values)} rows have the label {classes[0]!r}; "
+            "classification needs at least two classes. Check the column, or add rows of "
+            "another class."
         )
-    if len(values["train"]) >= 20 and len(classes) > len(values["train"]) / 2:
+    if len(values) >= 20 and len(classes) > len(values) / 2:
         raise DataError(
-            f"column {column!r} holds {len(classes)} different labels in {len(values['train'])} rows: it looks "
-            "like free text or an identifier, not classes. Name the label column, or set task to regression."
+            f"column {column!r} holds {len(classes)} different labels in {len(values)} rows: "
+            f"it looks "
+            "like free text or an identifier, not classes. Name the label column, or set "
+            "task to regression."
         )
-    index = {value: number for number, value in enumerate(classes)}
-    for split, labels in values.items():
-        for row, value in enumerate(labels):
-            if value not in index:
-                raise DataError(
-                    f"{tables[split].where(row)}: label {value!r:.60} of the {split} split does not occur in the "
-                    "train split; add rows of that class to train, or remove the row."
-                )
-    names = tables["train"].label_names
-    return (
-        {split: [index[value] for value in labels] for split, labels in values.items()},
-        tuple(names[v] if names and isinstance(v, int) and v < len(names) else str(v) for v in classes),
-    )
+    return classes
+
+
+def _class_name(table: Table, value: Any) -> str:
+    names = table.label_names
+    return names[value] if names and isinstance(value, int) and value < len(names) else str(value)
+
+
+def _number(table: Table, values: list[Any], known: tuple[str, ...], split: str) -> list[int]:
+    """Numbers of the classes, by name."""
+    index = {name: number for number, name in enumerate(known)}
+    numbers = []
+    for row, value in enumerate(values):
+        name = _class_name(table, value)
+        if name not in index:
+            raise DataError(
+                f"{table.where(row)}: label {value!r:.60} of the {split} split is none of "
+                f"the classes to train on "
+                f"({', '.join(known[:8])}{', ...' if len(known) > 8 else ''}); add rows of "
+                f"that class to the "
+                "train split, or remove the row."
+            )
+        numbers.append(index[name])
+    return numbers
 
 
 def _check_classes(table: Table, labels: list[Any], column: str) -> list[Any]:
@@ -171,13 +220,15 @@ def _check_classes(table: Table, labels: list[Any], column: str) -> list[Any]:
         if isinstance(value, float):
             if not value.is_integer():
                 raise DataError(
-                    f"{table.where(index)}: label {value!r} is no class; classes are text or whole numbers. "
+                    f"{table.where(index)}: label {value!r} is no class; classes are text or "
+                    f"whole numbers. "
                     "Set task to regression, or fix the row."
                 )
             value = int(value)
         if isinstance(value, int) and value < 0:
             raise DataError(
-                f"{table.where(index)}: label {value} (column {column!r}) is out of range; classes are counted "
+                f"{table.where(index)}: label {value} (column {column!r}) is out of range; "
+                f"classes are counted "
                 "from 0, and -1 usually marks a row without a label. Remove such rows."
             )
         checked.append(_check_text(value, table.where(index)) if isinstance(value, str) else value)

@@ -77,22 +77,31 @@ def _read_folder(folder: Path) -> dict[str, Table]:
     try:
         files = sorted(item for item in folder.iterdir() if item.is_file())
     except PermissionError as error:
-        raise DataError(f"{folder} cannot be listed: no permission. Change its rights and try again.") from error
+        raise DataError(
+            f"{folder} cannot be listed: no permission. Change its rights and try again."
+        ) from error
     named = [(file, _split_of(file)) for file in files if file.suffix.lower() in FORMATS]
     splits = _group([(file, split) for file, split in named if split])
     if "train" not in splits:
         found = ", ".join(file.name for file in files[:8]) or "no files"
         raise DataError(
             f"{folder} is a folder without a train split (found: {found}). Name the files "
-            f"train, validation and test with one of the endings {', '.join(FORMATS)}, or give one file."
+            f"train, validation and test with one of the endings {', '.join(FORMATS)}, or "
+            f"give one file."
         )
-    return {split: _join([read_file(file) for file in members]) for split, members in splits.items()}
+    return {
+        split: _join([read_file(file) for file in members]) for split, members in splits.items()
+    }
 
 
 def _read_glob(pattern: str) -> dict[str, Table]:
-    files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+    files = [
+        Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()
+    ]
     if not files:
-        raise DataError(f"no file matches {pattern!r}; check the pattern (quote it on the command line).")
+        raise DataError(
+            f"no file matches {pattern!r}; check the pattern (quote it on the command line)."
+        )
     named = [(file, _split_of(file)) for file in files]
     known = [file for file, split in named if split]
     if not known:
@@ -105,8 +114,13 @@ def _read_glob(pattern: str) -> dict[str, Table]:
         )
     splits = _group([(file, split) for file, split in named if split])
     if "train" not in splits:
-        raise DataError(f"{pattern!r} matches no train file, only {', '.join(sorted(splits))}; widen the pattern.")
-    return {split: _join([read_file(file) for file in members]) for split, members in splits.items()}
+        raise DataError(
+            f"{pattern!r} matches no train file, only {', '.join(sorted(splits))}; widen the "
+            f"pattern."
+        )
+    return {
+        split: _join([read_file(file) for file in members]) for split, members in splits.items()
+    }
 
 
 def _group(named: list[tuple[Path, str]]) -> dict[str, list[Path]]:
@@ -120,7 +134,10 @@ def _group(named: list[tuple[Path, str]]) -> dict[str, list[Path]]:
         words = {re.split(r"[-_.\d]", file.stem.lower(), maxsplit=1)[0] for file in members}
         if len(endings) > 1 or len(words) > 1:
             names = ", ".join(file.name for file in members[:4])
-            raise DataError(f"several files could be the {split} split ({names}); keep one sort, or name one file.")
+            raise DataError(
+                f"several files could be the {split} split ({names}); keep one sort, or name "
+                f"one file."
+            )
     return groups
 
 
@@ -129,7 +146,8 @@ def _join(tables: list[Table]) -> Table:
     for table in tables[1:]:
         if set(table.columns) != set(first.columns):
             raise DataError(
-                f"{table.places[0][0]} has columns {', '.join(table.columns)}, but {first.places[0][0]} has "
+                f"{table.places[0][0]} has columns {', '.join(table.columns)}, but "
+                f"{first.places[0][0]} has "
                 f"{', '.join(first.columns)}; files of one split must have the same columns."
             )
     rows = [row for table in tables for row in table.rows]
@@ -142,7 +160,9 @@ def _read_docstrings() -> tuple[dict[str, Table], list[str]]:
     tables = {}
     for split in ("train", "validation"):
         rows = data[split]
-        tables[split] = Table(rows, [(f"{BUILT_IN} {split}", "row", i) for i in range(1, len(rows) + 1)])
+        tables[split] = Table(
+            rows, [(f"{BUILT_IN} {split}", "row", i) for i in range(1, len(rows) + 1)]
+        )
     return tables, []
 
 
@@ -169,15 +189,26 @@ def _read_hub(source: str, offline: bool) -> tuple[dict[str, Table], list[str]]:
         with _hub_offline(offline):
             loaded = datasets.load_dataset(name, config or None)
             is_off = datasets.config.HF_HUB_OFFLINE
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, datasets.exceptions.DatasetsError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        ImportError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"the hub data set {source!r} could not be loaded ({reason}). Check the name and, as owner/name:config, "
-            "the configuration; without a network (or with HF_HUB_OFFLINE=1) only data sets in the local "
+            f"the hub data set {source!r} could not be loaded ({reason}). Check the name "
+            f"and, as owner/name:config, "
+            "the configuration; without a network (or with HF_HUB_OFFLINE=1) only data sets "
+            "in the local "
             "cache work: load it once online, or pass a local file or folder."
         ) from error
     if not isinstance(loaded, datasets.DatasetDict) or "train" not in loaded:
-        raise DataError(f"the hub data set {source!r} has no train split (found: {', '.join(loaded)}).")
+        raise DataError(
+            f"the hub data set {source!r} has no train split (found: {', '.join(loaded)})."
+        )
     notes = [f"{source} came from the local cache"] if is_off else []
     tables: dict[str, Table] = {}
     for split, dataset in loaded.items():
@@ -198,6 +229,10 @@ def _hub_table(dataset: object, place: str) -> Table:
         feature = dataset.features.get(column)
         if isinstance(feature, datasets.ClassLabel):
             names = tuple(feature.names)
-    plain = dataset.select_columns([c for c, f in dataset.features.items() if not isinstance(f, datasets.Image)])
+    plain = dataset.select_columns(
+        [c for c, f in dataset.features.items() if not isinstance(f, datasets.Image)]
+    )
     rows = plain.to_list()
-    return Table(rows, [(place, "row", number) for number in range(1, len(rows) + 1)], label_names=names)
+    return Table(
+        rows, [(place, "row", number) for number in range(1, len(rows) + 1)], label_names=names
+    )

@@ -77,33 +77,40 @@ def pick(labels: Sequence[Any], size: float | int, seed: int) -> list[int]:
     """
     if isinstance(size, bool) or not (0 < size <= 1 if isinstance(size, float) else size >= 1):
         raise ConfigError(
-            f"size of a part of the data is {size!r}; allowed are a share in (0, 1] or a whole number from 1."
+            f"size of a part of the data is {size!r}; allowed are a share in (0, 1] or a "
+            f"whole number from 1."
         )
     count = round(size * len(labels)) if isinstance(size, float) else min(size, len(labels))
     count = max(count, len(set(labels)), min(1, len(labels)))
     return sorted(stratified_order(labels, seed)[:count])
 
 
-def subset(dataset: "Dataset", size: float | int, seed: int, stratify_label: str | None = None) -> "Dataset":
+def subset(
+    dataset: "Dataset", size: float | int, seed: int = 0, label: str | None = None
+) -> "Dataset":
     """Take a seeded part of a data set, in the order of the whole.
 
     Args:
         dataset: Rows.
         size: Share in (0, 1] if a float, number of rows if an int.
         seed: Same seed, same part; a smaller part is contained in a larger one.
-        stratify_label: Column whose class shares are kept, with at least one row a class.
+        label: Column whose class shares are kept, with at least one row a class.
 
     Raises:
         ConfigError: if `size` is out of range or the column is not there.
     """
-    if stratify_label is not None and stratify_label not in dataset.column_names:
-        raise ConfigError(f"no column {stratify_label!r} to stratify by; columns are {', '.join(dataset.column_names)}.")
-    labels = list(dataset[stratify_label]) if stratify_label else [0] * len(dataset)
+    if label is not None and label not in dataset.column_names:
+        raise ConfigError(
+            f"no column {label!r} to stratify by; columns are {', '.join(dataset.column_names)}."
+        )
+    labels = list(dataset[label]) if label else [0] * len(dataset)
     rows = pick(labels, size, seed)
     return dataset if len(rows) == len(dataset) else dataset.select(rows)
 
 
-def fingerprint(task: str, labels: tuple[str, ...] | None, splits: Mapping[str, Mapping[str, Sequence[Any]]]) -> str:
+def fingerprint(
+    task: str, labels: tuple[str, ...] | None, splits: Mapping[str, Mapping[str, Sequence[Any]]]
+) -> str:
     """Hash the content: task, class names, and for every split the values by role.
 
     Args:

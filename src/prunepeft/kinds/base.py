@@ -73,7 +73,9 @@ class Kind(ABC):
         """Tensor name -> shape of everything trainable."""
 
     @abstractmethod
-    def init(self, shapes: Mapping[str, tuple[int, ...]], host: Host, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(
+        self, shapes: Mapping[str, tuple[int, ...]], host: Host, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """Fresh values in float32 on the CPU."""
 
     @abstractmethod

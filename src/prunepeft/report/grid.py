@@ -115,7 +115,7 @@ def modules_of(evidence: Evidence) -> tuple[Module, ...]:
         ]
     else:
         found = placed_modules(evidence.kept) if evidence.kept else []
-    return tuple(sorted(found, key=lambda m: (m.row[0] != "encoder", m.row, _column_order(m.column))))
+    return tuple(sorted(found, key=_model_order))
 
 
 def placed_modules(placement: Placement) -> list[Module]:
@@ -124,6 +124,17 @@ def placed_modules(placement: Placement) -> list[Module]:
         Module(slot.id, *place_of(slot), size=size, paths=tuple(site.path for site in slot.sites))
         for slot, size in placement.sizes.items()
     ]
+
+
+def column_label(column: Column) -> str:
+    """A column in one line.
+
+    Example:
+        >>> column_label(("attention", "q+v", "lora"))
+        'q+v · lora'
+    """
+    text = f"{plain(column[1], 24)} · {plain(column[2], 18)}"
+    return f"{plain(column[0], 18)} {text}" if column[0] == "cross_attention" else text
 
 
 def plain(text: object, limit: int = 60) -> str:
@@ -138,6 +149,10 @@ def _short_role(role: str, layer: str) -> str:
     if layer not in parts:
         return role
     return ".".join(parts[parts.index(layer) + 1 :]) or role
+
+
+def _model_order(module: Module) -> tuple[bool, Row, object]:
+    return module.row[0] != "encoder", module.row, _column_order(module.column)
 
 
 def _column_order(column: Column) -> tuple[int, str, list[int], str, str]:

@@ -16,6 +16,7 @@ from prunepeft.report.record import Evidence, Result
 from prunepeft.report.tables import OURS, metric_name, number, show
 
 _MARKERS = "osD^vPX*"
+_MAX_LINES = 24
 
 
 def removal_shares(evidence: Evidence) -> Figure | None:
@@ -24,7 +25,7 @@ def removal_shares(evidence: Evidence) -> Figure | None:
     removed: dict[str, list[str]] = {}
     for turn in warmup.turns if warmup else []:
         removed.setdefault(turn.criterion, []).extend(turn.removed)
-    removed = {name: ids for name, ids in sorted(removed.items()) if ids}
+    removed = {name: ids for name, ids in sorted(removed.items())[:_MAX_LINES] if ids}
     if not removed:
         return None
     grid = _grid(evidence, (slot for ids in removed.values() for slot in ids))
@@ -74,7 +75,7 @@ def learning_curves(evidence: Evidence) -> Figure | None:
     result = evidence.result
     metric = metric_name(result)
     curves = [(OURS, result.train.curve)] + [(b.name, b.curve) for b in result.baselines]
-    curves = [(name, curve) for name, curve in curves if curve]
+    curves = [(name, curve) for name, curve in curves if curve][:_MAX_LINES]
     if not curves:
         return None
     figure = Figure(figsize=(9.2, 3.2), layout=_layout())
@@ -102,7 +103,8 @@ def learning_curves(evidence: Evidence) -> Figure | None:
 
 def rounds_against_budget(evidence: Evidence) -> Figure | None:
     """Cost of the modules that remain after each round, down to the budget."""
-    rounds = [r for r in (evidence.history.rounds if evidence.history else []) if r.cost_after is not None]
+    every = evidence.history.rounds if evidence.history else []
+    rounds = [entry for entry in every if entry.cost_after is not None]
     if not rounds:
         return None
     budget = evidence.result.budget
@@ -140,8 +142,9 @@ def cost_bars(evidence: Evidence) -> Figure | None:
     axes = figure.subplots()
     longest = max(search + train for _, search, train in rows) or 1.0
     for y, (_, search, train) in enumerate(rows):
-        axes.barh(y, search, 0.62, color=PALETTE[1], label="search" if y == 0 else None)
-        axes.barh(y, train, 0.62, left=search, color=PALETTE[0], label="training" if y == 0 else None)
+        names = ("search", "training") if y == 0 else (None, None)
+        axes.barh(y, search, 0.62, color=PALETTE[1], label=names[0])
+        axes.barh(y, train, 0.62, left=search, color=PALETTE[0], label=names[1])
         text = show(search + train, "seconds")
         if search:
             text += f"  ({show(search, 'seconds')} search)"
@@ -159,7 +162,7 @@ def _cost_rows(result: Result) -> list[tuple[str, float, float]]:
     own = (OURS, number(result.search.seconds) or 0.0, number(result.train.seconds) or 0.0)
     others = [(b.name, 0.0, number(b.seconds)) for b in result.baselines]
     known = [(name, search, train) for name, search, train in others if train is not None]
-    return ([own] if own[1] + own[2] > 0 else []) + known
+    return (([own] if own[1] + own[2] > 0 else []) + known)[:_MAX_LINES]
 
 
 def _grid(evidence: Evidence, ids: Iterable[str]) -> Grid:
@@ -172,7 +175,8 @@ def _stack_by_layer(axes: Axes, grid: Grid, ids: Sequence[str], weight: float) -
     floor = [0.0] * len(grid.rows)
     for kind in grid.kinds:
         heights = [counts[row, kind] * weight for row in grid.rows]
-        axes.bar(range(len(floor)), heights, 0.78, bottom=floor, color=kind_colour(kind, grid.kinds))
+        colour = kind_colour(kind, grid.kinds)
+        axes.bar(range(len(floor)), heights, 0.78, bottom=floor, color=colour)
         floor = [low + height for low, height in zip(floor, heights, strict=True)]
     labels = grid.layer_labels()
     step = max(1, math.ceil(len(labels) / 16))

@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import matplotlib
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 INK, MUTED, LINE, PAPER = "#1f2328", "#636c76", "#d1d9e0", "#fefefe"
 _WHITE = "#ffffff"
+_GAP = 0.25  # between groups of rows or columns of a map, in cells
 _THEME = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
 
 # Okabe and Ito's palette: told apart with any common colour vision.
@@ -92,6 +93,29 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
     return figure.add_axes(
         (left / total_width, bottom / total_height, width / total_width, height / total_height)
     )
+
+
+def clear(axes: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
+    """Axes of a map: limits, no frame, no tick marks."""
+    axes.set_xlim(*x)
+    axes.set_ylim(*y)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def spread(groups: Sequence[object]) -> list[float]:
+    """Positions 0, 1, ... with a gap wherever the group changes.
+
+    Example:
+        >>> spread(["a", "a", "b"])
+        [0.0, 1.0, 2.25]
+    """
+    places, offset = [], 0.0
+    for i, group in enumerate(groups):
+        offset += _GAP if i and group != groups[i - 1] else 0.0
+        places.append(i + offset)
+    return places
 
 
 def svg_bytes(figure: Figure) -> bytes:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from prunepeft.report.plot_maps import kept_map, partition_map, saliency_map
+from prunepeft.report.plot_kept import kept_map
+from prunepeft.report.plot_maps import partition_map, saliency_map
 from prunepeft.report.plot_series import (
     cost_bars,
     learning_curves,
@@ -55,7 +56,7 @@ _PLANS = (
         "cost",
         "Time spent",
         cost_bars,
-        "Wall-clock seconds on the machine named below; evaluation is included in training.",
+        "Wall-clock seconds on the machine that is named under Record.",
     ),
     _Plan(
         "rounds",
@@ -74,7 +75,7 @@ _PLANS = (
         "partitions",
         "Which criterion judged which partition",
         partition_map,
-        "A partition is a quarter of the depth times a kind.",
+        "A partition is one depth range of one kind; the outlined criteria judge its modules.",
     ),
     _Plan(
         "warmup_removals",
@@ -93,7 +94,7 @@ _PLANS = (
         "saliency_last_round",
         "Saliency by criterion, last round",
         lambda evidence: saliency_map(evidence) if _n_rounds(evidence) > 1 else None,
-        "The modules that were still there; empty places had gone before.",
+        "The modules that were still there; grey places had gone before.",
     ),
 )
 

@@ -16,7 +16,7 @@ MAX_CONFIG_CHARS = 100_000
 
 
 class _Section(BaseModel):
-    """A part of a file. Unknown keys are left alone and null means absent: newer files stay readable."""
+    """A part of a file. Unknown keys are left alone and null means absent."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -220,7 +220,7 @@ def read_evidence(run: Path) -> Evidence:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises CheckpointError if it cannot be read, is too large or is not JSON."""
+    """Parse a JSON file. Raises CheckpointError if it is missing, too large or not JSON."""
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise CheckpointError(
             f"{path} is larger than {MAX_BYTES} bytes, so prunepeft did not write it. Restore it "
@@ -233,7 +233,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def parse(cls: type[_Model], data: Any, source: Path | str) -> _Model:
-    """Check data against a model. Raises CheckpointError that names the file and the first bad key."""
+    """Check data against a model. Raises CheckpointError that names the file and the bad key."""
     try:
         return cls.model_validate(data)
     except ValidationError as error:

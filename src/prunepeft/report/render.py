@@ -112,7 +112,8 @@ def to_csv(table: Table) -> str:
     """CSV with raw values; text that a spreadsheet would run as a formula is quoted by '."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([column.name for column in table.columns])
+    units = {"seconds": " (seconds)", "bytes": " (bytes)"}
+    writer.writerow([_csv_cell(c.name + units.get(c.form, "")) for c in table.columns])
     writer.writerows([[_csv_cell(value) for value in row] for row in table.rows])
     return out.getvalue()
 

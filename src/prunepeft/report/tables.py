@@ -44,8 +44,7 @@ def cost_table(result: Result) -> Table:
         else (*row, None, None)
         for row in _cost_rows(result)
     )
-    better = "higher" if result.task.greater_is_better else "lower"
-    note = f"{metric}: {better} is better."
+    note = direction(result)
     if base:
         note += f" Ratios are to {plain(base.name)}; time is search plus training."
     if result.head_params:
@@ -72,6 +71,12 @@ def _cost_rows(result: Result) -> list[tuple[Any, ...]]:
     return [own, *others]
 
 
+def direction(result: Result) -> str:
+    """Which way the metric is better, in words."""
+    better = "higher" if result.task.greater_is_better else "lower"
+    return f"{metric_name(result)}: {better} is better."
+
+
 def metric_name(result: Result) -> str:
     """Name of the metric the run was judged by."""
     return plain(result.metric.name or result.task.metric or "metric")
@@ -90,7 +95,7 @@ def kept_table(modules: Sequence[Module]) -> Table:
         Column("module paths"),
     )
     rows = tuple(
-        (m.id, *m.row, f"{m.column[0]} {m.column[1]}", m.kind, m.size, m.n_params, ", ".join(m.paths))
+        (m.id, *m.row, " ".join(m.column[:2]), m.kind, m.size, m.n_params, ", ".join(m.paths))
         for m in modules
     )
     return Table("kept_modules", "Kept modules", columns, rows, "Size: rank or bottleneck width.")
@@ -143,7 +148,8 @@ def curve_table(result: Result) -> Table:
     curves = [(OURS, result.train.curve)] + [(b.name, b.curve) for b in result.baselines]
     points = [point for _, curve in curves for point in curve]
     keys = [k for k in dict.fromkeys(key for p in points for key in p) if k != "epoch"]
-    columns = (Column("model"), Column("epoch", "plain"), *(Column(plain(k), "score") for k in keys))
+    numbers = (Column(plain(key), "score") for key in keys)
+    columns = (Column("model"), Column("epoch", "plain"), *numbers)
     rows = tuple(
         (name, number(p.get("epoch")), *(number(p.get(k)) for k in keys))
         for name, curve in curves
@@ -164,7 +170,7 @@ def compact_summary(result: Mapping[str, Any], run: Path | str | None = None) ->
     record = parse(Result, result, "result")
     table = cost_table(record)
     wanted = ("model", metric_name(record), "parameters", "search", "training", "peak memory")
-    lines = [to_text(table.select(*wanted)), "", table.note]
+    lines = [to_text(table.select(*wanted)), "", direction(record)]
     if verdict := compare(record):
         lines.append(verdict)
     lines += [budget_sentence(record), *_kept_lines(record)]
@@ -183,8 +189,9 @@ def compare(result: Result) -> str:
     best = max(scored, key=lambda b: sign * (b.metric.value or 0.0))
     gap = (result.metric.value or 0.0) - (best.metric.value or 0.0)
     verdict = "equal to" if abs(gap) < 5e-5 else "better than" if sign * gap > 0 else "worse than"
+    own = f"{metric_name(result)} {show(result.metric.value, 'score')}"
     return (
-        f"{metric_name(result)} {show(result.metric.value, 'score')} is {verdict} {plain(best.name)} "
+        f"{own} is {verdict} {plain(best.name)} "
         f"({show(best.metric.value, 'score')}, difference {gap:+.4f}; one seed)."
     )
 
@@ -192,11 +199,14 @@ def compare(result: Result) -> str:
 def budget_sentence(result: Result) -> str:
     """How much of the budget was used, in words."""
     budget = result.budget
-    unit = {"parameters": "trainable parameters", "rank": "summed rank"}.get(budget.unit, budget.unit)
+    names = {"parameters": "trainable parameters", "rank": "summed rank"}
+    unit = names.get(budget.unit, budget.unit)
     if not budget.limit or budget.realised is None:
         return f"Budget: {plain(budget.text)}." if budget.text else "No budget was recorded."
-    text = f"Budget {plain(budget.text)}" + f" = {budget.limit:,.0f} {plain(unit)}"
-    return f"{text}: {budget.realised:,.0f} used ({budget.realised / budget.limit:.1%})."
+    is_short = budget.text.endswith(("%", "k", "M", "B"))
+    given = f"{plain(budget.text)} = " if is_short else ""
+    limit = f"Budget {given}{budget.limit:,.0f} {plain(unit)}"
+    return f"{limit}: {budget.realised:,.0f} used ({budget.realised / budget.limit:.1%})."
 
 
 def kinds_in_words(modules: Sequence[Any]) -> list[str]:

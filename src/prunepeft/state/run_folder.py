@@ -107,7 +107,7 @@ class RunFolder:
             raise ConfigError(f"resume is {resume!r}; use one of {', '.join(RESUME_MODES)}.")
         folder = cls(path)
         plain = json.loads(json_bytes(config, folder.config_file))
-        folder._check_place()
+        folder.check_place()
         folder._make(folder.path)
         with folder.lock():
             clean_temporaries(folder.path)
@@ -201,7 +201,12 @@ class RunFolder:
         """Return all measurements in order; a line torn by a crash is left out."""
         return read_lines(self.metrics_file)
 
-    def _check_place(self) -> None:
+    def check_place(self) -> None:
+        """Raise ConfigError if `open` would refuse this path; touches nothing.
+
+        Raises:
+            ConfigError: if it is a file or a folder with other things and no run.
+        """
         if self.path.is_dir():
             foreign = sorted(p.name for p in self.path.iterdir() if not _is_ours(p.name))
             if foreign and not self.is_run:

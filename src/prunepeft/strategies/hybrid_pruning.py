@@ -184,27 +184,16 @@ class HybridPruning(Strategy):
     ) -> Placement:
         kept = problem.space.full()
         first_cost = problem.cost(kept)
-        used = tuple(dict.fromkeys(c for p in strategy.values() for c in p))
         graveyard: list[str] = []
         start, number = "", 0
         while problem.cost(kept) > problem.limit:
             number += 1
-            scored = problem.evaluator.score(
-                kept,
-                used,
-                name=f"round {number}" + ("" if self.per_round else f"/{self.rounds}"),
-                fidelity=problem.fidelity,
-                seed=derive_seed(problem.seed, "round", number),
-                init_seed=derive_seed(problem.seed, "init", 0 if self.reinit == "init" else number),
-                start=start,
-                keep=self.reinit == "keep",
-            )
+            scored = self._score(problem, kept, strategy, number, start)
             start = scored.key if self.reinit == "keep" else ""
             result.add(scored)
-            here = {i: partitions[i] for i in kept.ids}
             probability = hybrid_probability(
                 scored.saliency,
-                here,
+                {i: partitions[i] for i in kept.ids},
                 strategy,
                 scales=self._scales(kept),
                 paper_exact=self.paper_exact,
@@ -213,24 +202,35 @@ class HybridPruning(Strategy):
             graveyard += gone
             before, kept = kept, kept.without(gone)
             if problem.cost(kept) <= problem.limit:
-                back = _refill(problem, kept, graveyard)
-                gone = [i for i in gone if i not in back]
-                kept = problem.space.full().without(set(graveyard) - back)
-            entry = {
-                "round": number,
-                "cost_before": problem.cost(before),
-                "cost_after": problem.cost(kept),
-                "saliency": scored.saliency,
-                "probability": probability,
-                "removed": gone,
-                "returned": [i for i in kept.ids if i not in before.ids],
-                "seconds": scored.seconds,
-                "steps": scored.steps,
-                "rows": scored.rows,
-            }
+                kept = problem.space.full().without(
+                    set(graveyard) - _refill(problem, kept, graveyard)
+                )
+            entry = _entry(problem, number, before, kept, gone)
+            entry |= {"saliency": scored.saliency, "probability": probability}
+            entry |= {"seconds": scored.seconds, "steps": scored.steps, "rows": scored.rows}
             result.history["rounds"].append(entry)
             problem.on_event("round", round=number, modules=len(kept), cost=entry["cost_after"])
         return kept
+
+    def _score(
+        self,
+        problem: Problem,
+        kept: Placement,
+        strategy: Mapping[str, Sequence[str]],
+        number: int,
+        start: str,
+    ) -> Scored:
+        """Train one round on what is left."""
+        return problem.evaluator.score(
+            kept,
+            tuple(dict.fromkeys(c for used in strategy.values() for c in used)),
+            name=f"round {number}" + ("" if self.per_round else f"/{self.rounds}"),
+            fidelity=problem.fidelity,
+            seed=derive_seed(problem.seed, "round", number),
+            init_seed=derive_seed(problem.seed, "init", 0 if self.reinit == "init" else number),
+            start=start,
+            keep=self.reinit == "keep",
+        )
 
     def _choose(
         self,
@@ -260,10 +260,24 @@ class HybridPruning(Strategy):
         order = [full.ids[i] for i in torch.randperm(len(full), generator=generator)]
         gone = prune_to(problem.slot_costs(), order, problem.limit)
         kept = full.without(gone)
-        entry = {"round": 1, "cost_before": problem.cost(full), "cost_after": problem.cost(kept)}
-        entry |= {"saliency": {}, "probability": {}, "removed": gone, "returned": []}
-        history["rounds"].append(entry | {"seconds": 0.0, "steps": 0, "rows": 0})
+        entry = _entry(problem, 1, full, kept, gone)
+        entry |= {"saliency": {}, "probability": {}, "seconds": 0.0, "steps": 0, "rows": 0}
+        history["rounds"].append(entry)
         return kept
+
+
+def _entry(
+    problem: Problem, number: int, before: Placement, after: Placement, gone: Sequence[str]
+) -> dict[str, Any]:
+    """What a round changed; `returned` modules went in an earlier round and fit after all."""
+    kept = set(after.ids)
+    return {
+        "round": number,
+        "cost_before": problem.cost(before),
+        "cost_after": problem.cost(after),
+        "removed": [i for i in gone if i not in kept],
+        "returned": [i for i in after.ids if i not in before.ids],
+    }
 
 
 def _refill(problem: Problem, kept: Placement, graveyard: Sequence[str]) -> set[str]:

@@ -188,13 +188,17 @@ def trainable_state(net: PeftModel) -> dict[str, Tensor]:
     return {n: p.detach().cpu().clone() for n, p in net.named_parameters() if p.requires_grad}
 
 
-def load_trainable_state(net: PeftModel, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
+def load_trainable_state(
+    net: PeftModel, state: Mapping[str, Tensor], *, strict: bool = True
+) -> None:
     """Copy values back into the parameters of the same names."""
     own = {n: p for n, p in net.named_parameters() if p.requires_grad}
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
     if missing or (strict and extra):
-        raise StateError(f"saved values do not fit the model: missing {missing[:3]}, extra {extra[:3]}.")
+        raise StateError(
+            f"saved values do not fit the model: missing {missing[:3]}, extra {extra[:3]}."
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
@@ -205,7 +209,9 @@ def _known(net: PeftModel, ids: Iterable[str], adapter: str) -> list[str]:
     ids = list(ids)
     unknown = [i for i in ids if i not in known]
     if unknown:
-        raise ConfigError(f"slots {unknown[:3]} are not on this model; it holds {list(known)[:5]}...")
+        raise ConfigError(
+            f"slots {unknown[:3]} are not on this model; it holds {list(known)[:5]}..."
+        )
     return ids
 
 

@@ -56,7 +56,9 @@ class InputTap:
         self.value: Tensor | None = None
         self.handle: torch.utils.hooks.RemovableHandle | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
         self.value = args[0] if args else next(iter(kwargs.values()))
 
     def read(self) -> Tensor:

@@ -16,7 +16,7 @@ from prunepeft.space import Placement, Site, Slot
 from prunepeft.supernet.layer import PREFIX, Branch, InputTap, UnionLayer
 
 
-class UnionPeftType(str, enum.Enum):
+class UnionPeftType(enum.StrEnum):
     """peft's type list is a closed enum; a second string enum is looked up the same way."""
 
     PRUNEPEFT = "PRUNEPEFT"
@@ -93,7 +93,11 @@ class UnionModel(BaseTuner):
                         f"the placement names {name!r}, which this model lacks; it was made for "
                         "another architecture. Load the base model it was searched on."
                     )
-            base = modules[path].get_base_layer() if hasattr(modules[path], "base_layer") else modules[path]
+            base = (
+                modules[path].get_base_layer()
+                if hasattr(modules[path], "base_layer")
+                else modules[path]
+            )
             _check_dims(path, site, base)
 
     @staticmethod
@@ -123,7 +127,13 @@ class UnionModel(BaseTuner):
                 for parameter in layer.params(adapter_name, branch.kind.name).values():
                     parameter.requires_grad_(False)
         if is_new:
-            setattr(parent, target_name, layer)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put a module in its place; a layer shares the base layer's tensors, so nothing is moved."""
+        setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -154,7 +164,9 @@ class UnionModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: UnionConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
         own = {
             k: v.shape
             for k, v in model.state_dict().items()

@@ -1,0 +1,139 @@
+"""Everything with weights: the base model, the encoded data and the evaluator of one run."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+
+from prunepeft._version import __version__
+from prunepeft.evaluate import Outcome
+from prunepeft.metrics import METRICS
+from prunepeft.plan import Plan, check_device
+from prunepeft.progress import Progress, SilentProgress
+from prunepeft.space import Placement
+from prunepeft.state import RunFolder
+from prunepeft.supernet import detach
+from prunepeft.trainer_evaluator import Target, TrainerEvaluator
+from prunepeft.training import Phases
+
+
+class Engine:
+    """Loads what a plan needs, once.
+
+    Args:
+        plan: What to do.
+        folder: Where finished calls and training states are kept.
+        is_main: Whether this process writes.
+        progress: Where progress goes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        *,
+        is_main: bool,
+        progress: Progress | None = None,
+    ) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.is_main = is_main
+        device = check_device(plan.config.device)
+        self.bf16 = _use_bf16(plan.config.precision, device)
+        trust = plan.config.trust_remote_code
+        self.tokenizer = plan.task.load_tokenizer(plan.config.model, trust_remote_code=trust)
+        self.phases = self._phases(device, progress or SilentProgress())
+        self.model = plan.task.load_model(
+            plan.config.model,
+            plan.splits,
+            dtype="bfloat16" if self.bf16 else "float32",
+            seed=plan.config.seed,
+            trust_remote_code=trust,
+        )
+        for name in plan.head:
+            self.model.get_submodule(name).float()  # the head trains in full: small steps need fp32
+        self.evaluator = TrainerEvaluator(
+            self.model,
+            self.phases,
+            self._target(),
+            folder.journal,
+            folder.state_dir,
+            writes=is_main,
+            on_event=self.on_event,
+        )
+
+    def encode(self, rows: Dataset) -> Dataset:
+        """Rows as the model reads them."""
+        return self.plan.task.encode(
+            rows, self.plan.splits, self.tokenizer, self.plan.config.train.max_length
+        )
+
+    def measure(self, adapter: Path, rows: Dataset | None = None) -> dict[str, float]:
+        """Metrics of an adapter folder, read from disk; on raw rows or the validation split."""
+        encoded = self.phases.validation if rows is None else self.encode(rows)
+        net = PeftModel.from_pretrained(self.model, str(adapter))
+        try:
+            return self.phases.evaluate(net, encoded)
+        finally:
+            detach(net)
+
+    @contextlib.contextmanager
+    def trained(self, placement: Placement, outcome: Outcome) -> Iterator[PeftModel]:
+        """The base model with the best weights of a finished training on it."""
+        net = self.evaluator.attach(placement, weights=self.evaluator.weights(outcome))
+        try:
+            yield net
+        finally:
+            detach(net)
+
+    def on_event(self, kind: str, **fields: Any) -> None:
+        """Append to the run's metrics."""
+        if self.is_main:
+            self.folder.log_metrics(kind=kind, **fields)
+
+    def _phases(self, device: str, progress: Progress) -> Phases:
+        task = self.plan.task
+        return Phases(
+            train=self.encode(self.plan.splits.train),
+            validation=self.encode(self.plan.splits.validation).sort("length"),
+            collator=task.collator(self.tokenizer),
+            compute=task.compute,
+            preprocess_logits=task.preprocess_logits,
+            settings=self.plan.config.train,
+            device=device,
+            bf16=self.bf16,
+            progress=progress,
+        )
+
+    def _target(self) -> Target:
+        plan, config = self.plan, self.plan.config
+        context = {
+            "model": config.model,
+            "data": plan.splits.fingerprint,
+            "task": plan.task.name,
+            "metric": plan.metric,
+            "bf16": self.bf16,
+            "head_seed": config.seed,
+            "train": config.train.model_dump(mode="json", exclude={"epochs"}),
+            "search_lr": config.search.lr,
+            "version": __version__,
+        }
+        return Target(
+            metric=plan.metric,
+            greater_is_better=METRICS.get(plan.metric).greater_is_better,
+            head=plan.head,
+            task_type=plan.task.peft_task_type,
+            stratify=plan.splits.labels is not None,
+            search_lr=config.search.lr or config.train.lr,
+            context=context,
+        )
+
+
+def _use_bf16(precision: str, device: str) -> bool:
+    if precision == "auto":
+        return device == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
