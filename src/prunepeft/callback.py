@@ -68,8 +68,8 @@ class PruneCallback(TrainerCallback):
         """What is left. Raises StateError if no training ran with this callback."""
         if self._placement is None:
             raise StateError(
-                "this PruneCallback never ran: pass it to the Trainer (callbacks=[...]) that trains "
-                "the model, and call train()."
+                "this PruneCallback never ran: pass it to the Trainer (callbacks=[...]) that "
+                "trains the model, and call train()."
             )
         return self._placement
 
@@ -131,8 +131,8 @@ class PruneCallback(TrainerCallback):
         left = cost(placement_of(model), self.budget.unit)
         if left > self._limit:
             raise StateError(
-                f"training ended after {state.global_step} steps with {left:,} {self.budget.unit} left, "
-                f"over the budget of {self._limit:,}: {len(self.history)} of {self.rounds} prune "
+                fX
+                f"left, over the budget of {self._limit:,}: {len(self.history)} of {self.rounds} prune "
                 f"events ran (due at steps {self._events}). Train longer or lower `end`."
             )
 

@@ -1,4 +1,4 @@
-"""Every error a user can cause. Each says what was received, what is allowed, and what to do next."""
+"""Every error a user can cause: what was received, what is allowed, what to do next."""
 
 
 class PrunePeftError(Exception):

@@ -126,7 +126,7 @@ def make_strategy(config: RunConfig) -> Strategy:
         data = read_json(Path(config.strategy))
         if not isinstance(data, dict) or not isinstance(data.get("strategy"), dict):
             raise ConfigError(
-                f"{config.strategy} holds no strategy; give the best/strategy.json of a finished run."
+                f"{config.strategy} holds no strategy; give best/strategy.json of a finished run."
             )
         search["strategy"] = data["strategy"]
     return METHODS.get(config.method)(**search)
@@ -141,7 +141,7 @@ def read_architecture(path: str) -> Placement:
         )
     if not file.is_file():
         raise ConfigError(
-            f"arch {path!r} is no arch.json and no run folder with best/arch.json; give one of them."
+            f"arch {path!r} is no arch.json and no run folder that holds one; give either."
         )
     return Placement.from_dict(read_json(file))
 

@@ -211,8 +211,8 @@ def _check_reloaded(plan: Plan, folder: RunFolder, trained: float, reloaded: flo
     """A run is done only if the adapter on disk is as good as the one that was trained."""
     if abs(reloaded - trained) > SAME_METRIC * max(1.0, abs(trained)):
         raise CheckpointError(
-            f"the adapter in {folder.adapter_dir} gives {plan.metric} {reloaded}, but training gave "
-            f"{trained}; the folder is damaged. Remove it and run the same command again."
+            f"the adapter in {folder.adapter_dir} gives {plan.metric} {reloaded}, but training "
+            f"gave {trained}; the folder is damaged. Remove it and run the same command again."
         )
 
 

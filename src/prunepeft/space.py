@@ -1,4 +1,4 @@
-"""Where modules may go and where they are: Site, Slot, Placement, SearchSpace. Frozen data, no torch."""
+"""Where modules may go and where they are: Site, Slot, Placement, SearchSpace. Plain data."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ class Slot:
     """One candidate module: a kind at one site, or tied over several sites of a layer.
 
     Attributes:
-        sites: Where it sits. Several sites make ONE module (LoRA on query and value, as in the paper).
+        sites: Where it sits. Several sites make ONE module (as LoRA on query and value).
         kind: Registered name of the kind.
         sizes: Allowed sizes, ascending (rank, bottleneck width; `(1,)` for kinds without one).
             The largest fixes the scaling, which stays when ranks are cut.
@@ -81,7 +81,8 @@ class Slot:
         bad = [s for s in self.sizes if not _is_int(s) or not 1 <= s <= MAX_SIZE]
         if not self.sizes or bad or tuple(sorted(set(self.sizes))) != self.sizes:
             raise ConfigError(
-                f"sizes of slot {self.id} must be ascending whole numbers in 1..{MAX_SIZE}; got {self.sizes}."
+                f"sizes of slot {self.id} must be ascending whole numbers in "
+                f"1..{MAX_SIZE}; got {self.sizes}."
             )
 
     @property

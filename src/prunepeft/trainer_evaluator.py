@@ -164,7 +164,7 @@ class TrainerEvaluator:
     def attach(
         self, placement: Placement, seed: int = 0, weights: Mapping[str, Tensor] | None = None
     ) -> PeftModel:
-        """The base model with the placement on it, fresh or with these weights; `detach` it later."""
+        """The base model with the placement on it, fresh or with these weights."""
         net = attach(
             self.model,
             placement,

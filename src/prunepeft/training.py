@@ -54,7 +54,7 @@ def derive_seed(*parts: object) -> int:
 
 
 def batch_indices(lengths: Sequence[int], batch: int, pieces: int, seed: int) -> list[list[int]]:
-    """Micro-batches of one epoch: shuffled, rows of like length together, the last part batch dropped.
+    """Micro-batches of one epoch: shuffled, like lengths together, the last part batch dropped.
 
     Args:
         lengths: Tokens of each row, (n,).
@@ -62,7 +62,8 @@ def batch_indices(lengths: Sequence[int], batch: int, pieces: int, seed: int) ->
         pieces: Micro-batches one step is cut into (accumulation times processes).
         seed: Order.
     Returns:
-        Lists of row indices, `pieces` consecutive lists to a step. Fewer rows than a batch make one step.
+        Lists of row indices, `pieces` consecutive lists to a step. Fewer rows than a batch are
+        one step.
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     size = min(batch, len(order))

@@ -2,7 +2,6 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from tests.tiny_models import LAYERS, TINY
 
 from prunepeft.candidates import (
     LORA_ALL_ROLES,
@@ -14,6 +13,7 @@ from prunepeft.candidates import (
 from prunepeft.errors import BudgetError, ConfigError, SiteError, UnknownNameError
 from prunepeft.kinds import KINDS, count_params
 from prunepeft.sites import find_sites
+from tests.tiny_models import LAYERS, TINY
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,8 @@ def test_unknown_names_are_refused(sites):
         ({"sizes": {"dora": 4}}, "'dora', which is not among the kinds lora, serial_adapter"),
         ({"options": {"ia3": {}}}, "not among the kinds"),
         ({"kinds": ["ia3"], "sizes": {"ia3": 4}}, "'ia3' has no size"),
-        ({"sizes": {"lora": (8, 4)}}, "ascending positive integers"),
-        ({"sizes": {"lora": 0}}, "ascending positive integers"),
+        ({"sizes": {"lora": (8, 4)}}, "ascending whole numbers"),
+        ({"sizes": {"lora": 0}}, "ascending whole numbers"),
         ({"options": {"lora": {"dropout": 2}}}, "lora.dropout must be in"),
         ({"roles": {"lora": [["q", "v"], ["q"]]}}, "names 'q' 2 times"),
     ],

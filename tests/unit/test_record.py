@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.watched_toy import Toy
 from torch import Tensor
 from torch.testing import assert_close
 
 from prunepeft.criteria import PAPER_CRITERIA, score_units
 from prunepeft.criteria.record import Recorder
 from prunepeft.errors import ConfigError, StateError
+from tests.watched_toy import Toy
 
 
 @dataclass

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tests.tiny_models import make_tiny, tiny_inputs
-from tests.watched_toy import Toy
 from torch import nn
 from torch.testing import assert_close
 
@@ -14,6 +12,8 @@ from prunepeft.candidates import make_space
 from prunepeft.criteria.record import Recorder
 from prunepeft.sites import find_sites
 from prunepeft.supernet import attach, gate_slots, placement_of, slot_layers, slot_parameters
+from tests.tiny_models import make_tiny, tiny_inputs
+from tests.watched_toy import Toy
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "saved"])

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.tiny_models import LAYERS, TINY, make_tiny, tiny_inputs
 from transformers import AutoConfig, AutoModel
 
 from prunepeft.sites import count_base_params, find_sites
+from tests.tiny_models import LAYERS, TINY, make_tiny, tiny_inputs
 
 # Rows: block, role, path (* = layer), d_in, d_out, source; in model order.
 BERT = """

@@ -3,11 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.tiny_models import LAYERS, TINY
 from torch import nn
 
 from prunepeft.errors import SiteError
 from prunepeft.sites import count_base_params, describe_sites, find_sites, linear_dims
+from tests.tiny_models import LAYERS, TINY
 
 
 class OddBlock(nn.Module):

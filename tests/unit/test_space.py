@@ -103,7 +103,7 @@ def test_slots_that_make_no_sense_are_refused():
     with pytest.raises(ConfigError, match="must share stack, layer and block"):
         Slot((SITE, replace(VALUE, layer=1)), "lora", (1,))
     for sizes in ((), (0,), (4, 2), (2, 2), (True,), (2.0,)):
-        with pytest.raises(ConfigError, match="ascending positive integers"):
+        with pytest.raises(ConfigError, match="ascending whole numbers"):
             Slot((SITE,), "lora", sizes)
 
 

@@ -20,7 +20,7 @@ PAPER_CRITERION_NAMES = (
     "gradient",
 )
 CRITERION_NAMES = (*PAPER_CRITERION_NAMES, "snip_mean", "gradient_mean", "threshold_relative")
-METHOD_NAMES = ("prunepeft", "random")
+METHOD_NAMES = ("prunepeft",)
 TASK_NAMES = ("seq-cls", "regression", "causal-lm")
 # Label -> names built in and entry point group of further ones.
 _KNOWN: Mapping[str, tuple[tuple[str, ...], str]] = {

@@ -74,7 +74,8 @@ def hybrid_probability(
         values = _relative(_saliencies(name, units, saliency), [scales[u] for u in units])
         shares, ranks = _softmax(values), _ranks(values)
         judged[name] = {
-            u: share * _sigmoid(3 - rank) for u, share, rank in zip(units, shares, ranks, strict=True)
+            u: share * _sigmoid(3 - rank)
+            for u, share, rank in zip(units, shares, ranks, strict=True)
         }
     scores = []
     for unit in units:

@@ -1,6 +1,5 @@
 """Load data: read, find columns, check, split off validation, hash."""
 
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,6 @@ from prunepeft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-logger = logging.getLogger(__name__)
 
 Columns = dict[str, list[Any]]  # role -> values of one split
 
@@ -51,41 +48,27 @@ def load_data(
     """
     _check_arguments(source, seed, validation_fraction, max_rows)
     tables, notes = read_source(source, offline=offline)
-    for split, table in tables.items():
-        if not table.rows:
-            raise DataError(f"{source}: the {split} split has no rows; remove it or fill it.")
     task, roles = find_columns(tables["train"], task, columns)
     notes += _drop_unlabelled_test(tables, roles)
     check_columns(tables, roles)
-    unused = [name for name in tables["train"].columns if name not in roles.values()]
-    notes += [f"columns not used: {', '.join(unused)}"] if unused else []
+    notes += _note_unused(tables["train"], roles)
     values, labels = _read_values(tables, task, roles, notes)
     order = _make_order(tables["train"], values["train"], labels, seed)
+    least = max(2, len(labels or ()))
     if "validation" not in values:
-        cut = _find_cut(len(order), len(labels or ()), validation_fraction, source)
+        cut = _find_cut(len(order), least, validation_fraction, source)
         values["validation"] = _take(values["train"], order[cut:])
-        how = "the last rows" if tables["train"].running else f"split off with seed {seed}"
-        notes.append(f"validation: {len(order) - cut} rows of train, {how}")
+        notes.append(_note_split(tables["train"], len(order) - cut, seed))
         order = order[:cut]
-    if max_rows is not None and len(order) > max_rows:
-        notes.append(
-            f"train: {max(max_rows, len(labels or ()))} of {len(order)} rows are used (max_rows)"
-        )
-        order = order[: max(max_rows, len(labels or ()))]
-    values["train"] = _take(values["train"], order)
-    for split, part in values.items():
-        if _count(part) < 2:
-            raise DataError(
-                f"{source}: the {split} split has 1 row; at least 2 are needed. Add rows."
-            )
+    n = max(max_rows or len(order), least)
+    if n < len(order):
+        notes.append(f"train: {n} of {len(order)} rows are used (max_rows)")
+    values["train"] = _take(values["train"], order[:n])
+    _check_sizes(values, source)
     notes += _count_shared(values)
-    for note in notes:
-        logger.info("%s: %s", source, note)
-    made = {split: _make_dataset(part, roles) for split, part in values.items()}
+    parts = {split: _make_dataset(part, roles) for split, part in values.items()}
     return Splits(
-        train=made["train"],
-        validation=made["validation"],
-        test=made.get("test"),
+        **({"test": None} | parts),
         columns={role: column for role, column in roles.items() if role in values["train"]},
         labels=labels,
         task=task,
@@ -228,16 +211,33 @@ def _make_order(
     return stratified_order(train["label"] if labels else [0] * len(table.rows), seed)
 
 
-def _find_cut(n: int, n_labels: int, fraction: float, source: str) -> int:
+def _note_unused(table: Table, roles: dict[str, str]) -> list[str]:
+    unused = [name for name in table.columns if name not in roles.values()]
+    return [f"columns not used: {', '.join(unused)}"] if unused else []
+
+
+def _find_cut(n: int, least: int, fraction: float, source: str) -> int:
     """Number of rows that stay in train; the rest is validation."""
-    size, least = max(2, round(n * fraction)), max(2, n_labels)
+    size = max(2, round(n * fraction))
     if n - size < least:
         raise DataError(
-            f"{source}: {n} rows are too few to split off {size} for validation and leave at "
-            f"least {least} "
-            f"to train on; add rows, or lower validation_fraction ({fraction})."
+            f"{source}: {n} rows are too few to split off {size} for validation and leave at least "
+            f"{least} to train on; add rows, or lower validation_fraction ({fraction})."
         )
     return n - size
+
+
+def _note_split(table: Table, n_rows: int, seed: int) -> str:
+    how = "the last rows" if table.running else f"split off with seed {seed}"
+    return f"validation: {n_rows} rows of train, {how}"
+
+
+def _check_sizes(values: dict[str, Columns], source: str) -> None:
+    for split, part in values.items():
+        if _count(part) < 2:
+            raise DataError(
+                f"{source}: the {split} split has 1 row; at least 2 are needed. Add rows."
+            )
 
 
 def _count_shared(values: dict[str, Columns]) -> list[str]:

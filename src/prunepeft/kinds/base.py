@@ -50,7 +50,7 @@ class Kind(ABC):
     Class attributes:
         name: Registered name.
         roles: Default tied groups of site roles that get one slot each in every layer.
-        shrink_axes: Tensor name -> axis of its rank, for kinds whose size can be cut after training.
+        shrink_axes: Tensor name -> axis of its rank, for kinds whose size can be cut.
         sized: False for kinds without a size (their only size is 1).
         needs_source: True if it reads the sub-layer's input (only at `o` and `down` sites).
     """

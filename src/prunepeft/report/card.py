@@ -1,5 +1,6 @@
 """The model card: README.md of a run folder."""
 
+import json
 import math
 import re
 from typing import Any
@@ -34,9 +35,7 @@ _AUTO_CLASSES = {
 def make_card(evidence: Evidence) -> str:
     """Write the model card of a run as Markdown with YAML front matter."""
     result = evidence.result
-    header = yaml.safe_dump(
-        front_matter(evidence), sort_keys=False, allow_unicode=True, width=10_000
-    )
+    header = _yaml(front_matter(evidence))
     modules = modules_of(evidence)
     return render(
         "card.md.jinja",
@@ -88,7 +87,7 @@ def loading_code(evidence: Evidence) -> str:
     cls = _AUTO_CLASSES.get(result.task.name, "AutoModel")
     n_labels = 1 if result.task.name == "regression" else len(result.task.labels)
     labels = f", num_labels={n_labels}" if n_labels and "Sequence" in cls else ""
-    name = repr(result.model.name)
+    name = _quoted(result.model.name)
     lines = [
         "import prunepeft  # makes peft know this adapter" if needs_prunepeft(evidence) else "",
         "from peft import PeftModel",
@@ -113,6 +112,19 @@ def fenced(text: str, language: str) -> str:
     longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _yaml(data: dict[str, Any]) -> str:
+    """YAML in which invisible characters are escaped."""
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)
+    if text.replace("\n", "").isprintable():
+        return text
+    return yaml.safe_dump(data, sort_keys=False, width=10_000)
+
+
+def _quoted(text: str) -> str:
+    """A Python string literal, in double quotes where nothing has to be escaped."""
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
 
 
 def _title(result: Result) -> str:

@@ -10,7 +10,6 @@ from prunepeft.space import BLOCKS, ROLES, Placement, Slot
 
 MAX_ROWS = 512
 MAX_COLUMNS = 64
-_UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a1-\u2027\u2030-\u2065\u2070-\ud7ff\uf900-\ufffd]")
 
 Row = tuple[str, int]  # stack, layer
 Column = tuple[str, str, str]  # block, roles, kind
@@ -139,7 +138,8 @@ def column_label(column: Column) -> str:
 
 def plain(text: object, limit: int = 60) -> str:
     """Text that is safe in a terminal, a figure or a table cell: printable, one line, not long."""
-    shown = _UNPRINTABLE.sub("?", str(text).replace("\n", " ").replace("\t", " "))
+    one_line = str(text)[: 4 * limit].replace("\n", " ").replace("\t", " ")
+    shown = "".join(char if char.isprintable() else "?" for char in one_line)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 

@@ -117,7 +117,7 @@ def _draw_saliency(axes: Axes, grid: Grid, chosen: Round, name: str) -> None:
         marks = [place for place in gone if (levels[place] > 0.55) == dark]
         colour = "#111111" if dark else "#ffffff"
         xs, ys = [mark[1] for mark in marks], [mark[0] for mark in marks]
-        axes.scatter(xs, ys, size, colour, "x", linewidths=1.1)
+        axes.scatter(xs, ys, s=size, color=colour, marker="x", linewidths=1.1)
     constant = bool(values) and len(set(values.values())) == 1
     axes.set_title(plain(name, 30) + (" (all equal)" if constant else ""), pad=4)
     labels = grid.layer_labels()

@@ -93,7 +93,7 @@ _PLANS = (
     _Plan(
         "saliency_last_round",
         "Saliency by criterion, last round",
-        lambda evidence: saliency_map(evidence) if _n_rounds(evidence) > 1 else None,
+        lambda evidence: saliency_map(evidence) if _n_scored(evidence) > 1 else None,
         "The modules that were still there; grey places had gone before.",
     ),
 )
@@ -113,5 +113,6 @@ def make_pictures(evidence: Evidence) -> list[Picture]:
     return pictures
 
 
-def _n_rounds(evidence: Evidence) -> int:
-    return len(evidence.history.rounds) if evidence.history else 0
+def _n_scored(evidence: Evidence) -> int:
+    """Number of rounds in which saliency was recorded."""
+    return sum(bool(entry.saliency) for entry in evidence.history.rounds) if evidence.history else 0

@@ -1,6 +1,7 @@
 """Everything that reaches the disk: atomic files, folders, the journal and the run folder."""
 
 from prunepeft.state.files import (
+    canonical_json,
     clean_temporaries,
     disk_free,
     read_json,
@@ -14,6 +15,7 @@ from prunepeft.state.run_folder import RunFolder
 from prunepeft.state.tensors import read_tensors, read_tensors_and_metadata, write_tensors
 
 __all__ = [
+    "canonical_json",
     "RunFolder",
     "Journal",
     "call_key",

@@ -1,4 +1,4 @@
-"""PrunePEFT: put every candidate in, train briefly, prune round by round with the criteria that suit.
+"""PrunePEFT: put every candidate in, train briefly, prune round by round by what suits each part.
 
     M <- supernet
     repeat: (re)initialise what remains, train one round, score, remove the least useful
@@ -76,7 +76,8 @@ class HybridPruning(Strategy):
             CRITERIA.get(self.mode.removeprefix("single:"))
         elif self.mode not in MODES:
             raise ConfigError(
-                f"search.mode {self.mode!r} is unknown; use {', '.join(MODES)} or single:<criterion>."
+                f"search.mode {self.mode!r} is unknown; use {', '.join(MODES)} or "
+                "single:<criterion>."
             )
         if self.reinit not in REINIT:
             raise ConfigError(f"search.reinit {self.reinit!r} is unknown; use {', '.join(REINIT)}.")
@@ -85,7 +86,7 @@ class HybridPruning(Strategy):
                 CRITERIA.get(criterion)
 
     def search(self, problem: Problem) -> SearchResult:
-        """See `Strategy.search`. Mode `none` returns the whole supernet, over budget, as an ablation."""
+        """See `Strategy.search`. Mode `none` returns the supernet, over budget, as an ablation."""
         problem.check()
         full = problem.space.full()
         partitions = self._partitions(full)
@@ -113,7 +114,7 @@ class HybridPruning(Strategy):
         return {s.id: "all" if whole else s.partition for s in full}
 
     def _scales(self, kept: Placement) -> dict[str, str] | None:
-        """Kinds have scales of their own; a single criterion judges all modules on its raw values."""
+        """Kinds have scales of their own; a single criterion judges all on its raw values."""
         return None if self.mode.startswith("single:") else {s.id: s.kind for s in kept}
 
     def _strategy(

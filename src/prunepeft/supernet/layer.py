@@ -78,7 +78,7 @@ class InputTap:
 
 
 class UnionLayer(nn.Module, BaseTunerLayer):
-    """A frozen linear layer and its modules, applied as input -> layer -> add -> scale -> output."""
+    """A frozen linear layer and its modules: input -> layer -> add -> scale -> output."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -132,7 +132,7 @@ class UnionModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Put a module in its place; a layer shares the base layer's tensors, so nothing is moved."""
+        """Put a module in its place; nothing is moved, the layers share their tensors."""
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
@@ -179,8 +179,8 @@ class UnionModel(BaseTuner):
         if missing or extra or wrong:
             raise CheckpointError(
                 f"the adapter's tensors do not fit its placement: {len(missing)} missing "
-                f"{missing[:2]}, {len(extra)} unexpected {extra[:2]}, {len(wrong)} of another shape "
-                f"{wrong[:2]}. The folder is damaged or was edited by hand; export it again."
+                f"{missing[:2]}, {len(extra)} unexpected {extra[:2]}, {len(wrong)} of another "
+                f"shape {wrong[:2]}. The folder is damaged or was edited by hand; export it again."
             )
         return remapped
 
