@@ -131,9 +131,9 @@ class PruneCallback(TrainerCallback):
         left = cost(placement_of(model), self.budget.unit)
         if left > self._limit:
             raise StateError(
-                fX
-                f"left, over the budget of {self._limit:,}: {len(self.history)} of {self.rounds} prune "
-                f"events ran (due at steps {self._events}). Train longer or lower `end`."
+                f"training ended after {state.global_step} steps with {left:,} {self.budget.unit} "
+                f"left, over the budget of {self._limit:,}: {len(self.history)} of {self.rounds} "
+                f"prune events ran (due at steps {self._events}). Train longer or lower `end`."
             )
 
     def _record(self, model) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunepeft.config import RunConfig, load_config
+from prunepeft.data import load_rows
 from prunepeft.engine import Engine
 from prunepeft.errors import CheckpointError, ConfigError
 from prunepeft.evaluate import Outcome
@@ -127,8 +128,6 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, Any]:
     plan = make_plan(RunConfig.model_validate(folder.read_config()))
     engine = Engine(plan, folder, is_main=False)
     if data is not None:
-        from prunepeft.data import load_rows
-
         part, rows = data, load_rows(data, like=plan.splits, offline=plan.config.offline)
     elif plan.splits.test is not None:
         part, rows = "test", plan.splits.test

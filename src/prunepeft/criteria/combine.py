@@ -54,15 +54,15 @@ def hybrid_probability(
         Unit -> probability of removal, larger = removed earlier.
     Raises:
         ConfigError: if a partition has no criterion, or a unit has no finite saliency.
+    References:
+        PrunePEFT, 2025, arXiv 2506.07587, hybrid pruning (Bayesian model averaging). Differs
+        from released code: there the softmax rewards large values also for criteria that prune
+        the smallest; here every criterion has one orientation, with `paper_exact` too.
     Example:
         >>> scores = {"snip": {"a": 0.0, "b": 1.0}}
         >>> found = hybrid_probability(scores, {"a": "x", "b": "x"}, {"x": ["snip"]})
         >>> found["a"] > found["b"]
         True
-    References:
-        PrunePEFT, 2025, arXiv 2506.07587, hybrid pruning (Bayesian model averaging). Differs
-        from released code: there the softmax rewards large values also for criteria that prune
-        the smallest; here every criterion has one orientation, with `paper_exact` too.
     """
     if paper_exact:
         return _per_partition(saliency, partitions, strategy)
