@@ -76,13 +76,8 @@ class Bench:
             return self._serial(), None
         if method == "union":
             return self.plan.space.full(), None
-        strategies = {
-            "random": HybridPruning(mode="random"),
-            "single": HybridPruning(mode=f"single:{single}"),
-            "prunepeft": HybridPruning(),
-            "prunepeft_low": HybridPruning(),
-        }
-        return self._search(strategies[method], lr, low=method == "prunepeft_low")
+        mode = {"random": "random", "single": f"single:{single}"}.get(method, "hybrid")
+        return self._search(HybridPruning(mode=mode), lr, low=method == "prunepeft_low")
 
     def train(self, placement: Placement, name: str, lr: float) -> Outcome:
         return self.evaluator.train(placement, name=name, seed=self.seed, lr=lr)

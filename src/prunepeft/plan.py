@@ -23,7 +23,7 @@ from prunepeft.training import n_steps
 
 logger = logging.getLogger(__name__)
 
-SUPERNET_OVER_BUDGET = 4  # the default space is sized to cost this many budgets
+SUPERNET_OVER_BUDGET = 2  # the default space is sized to cost this many budgets
 BASELINE_ROLES = {"lora": (("q", "v"),), "lora-all": LORA_ALL_ROLES}
 
 

@@ -8,6 +8,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from prunepeft.errors import CheckpointError
+from prunepeft.state import read_tensors
 from prunepeft.supernet import load_trainable_state, trainable_state
 from prunepeft.train_state import load_train_state, save_train_state
 from prunepeft.training import PhaseLog
@@ -85,8 +87,16 @@ class Resumable:
         )
 
     def load(self) -> int:
-        """Go back to the last finished epoch and return its number; 0 when there is none."""
+        """Go back to the last finished epoch and return its number; 0 when there is none.
+
+        A damaged file counts as none: the training starts again, with a warning.
+        """
         if not self.file.exists():
+            return 0
+        try:
+            read_tensors(self.file, sealed=True)
+        except CheckpointError as error:
+            logger.warning("the training starts again because its state is damaged: %s", error)
             return 0
         saved = load_train_state(self.file, optimizer=self.optimizer, scheduler=self.scheduler)
         now = {n[4:]: t for n, t in saved.tensors.items() if n.startswith("now.")}

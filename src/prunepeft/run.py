@@ -2,10 +2,8 @@
 
 import contextlib
 import logging
-import os
 import re
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from prunepeft.errors import CheckpointError, ConfigError
 from prunepeft.evaluate import Outcome
 from prunepeft.kinds import count_params
 from prunepeft.plan import Plan, check_device, describe, make_plan, problem_of
+from prunepeft.processes import join, on_main
 from prunepeft.progress import Progress, SilentProgress
 from prunepeft.report import write_report
 from prunepeft.result import (
@@ -94,17 +93,15 @@ def search(
         return check(config)
     folder = RunFolder(output_of(config))
     folder.check_place()
-    with _processes(config) as (is_main, wait):
-        if folder.is_run and not overwrite and folder.done:
-            _open(config, resume, overwrite)
-            logger.info("%s is finished already", folder.path)
-            return read_json(folder.result_file)
-        plan = make_plan(config)
-        if is_main:
-            folder = _open(config, resume, overwrite)
-        wait()
-        with folder.lock() if is_main else contextlib.nullcontext():
-            return _search(plan, folder, is_main, wait, command, progress or SilentProgress())
+    is_main = join(check_device(config.device))
+    if on_main(lambda: folder.is_run and not overwrite and folder.done):
+        on_main(lambda: _reopen(_open(config, resume, overwrite)))
+        return read_json(folder.result_file)
+    plan = make_plan(config)
+    folder = on_main(lambda: _open(config, resume, overwrite))
+    with contextlib.ExitStack() as held:
+        on_main(lambda: held.enter_context(folder.lock()))
+        return _search(plan, folder, is_main, command, progress or SilentProgress())
 
 
 def train(config: RunConfig, **kwargs: Any) -> dict[str, Any]:
@@ -145,36 +142,41 @@ def output_of(config: RunConfig) -> Path:
 
 
 def _search(
-    plan: Plan,
-    folder: RunFolder,
-    is_main: bool,
-    wait: Callable[[], None],
-    command: str,
-    progress: Progress,
+    plan: Plan, folder: RunFolder, is_main: bool, command: str, progress: Progress
 ) -> dict[str, Any]:
     began = time.time()
-    if is_main:
-        write_json(folder.environment_file, environment())
-        write_json(folder.data_file, data_record(plan))
-        folder.log_event("start", command=command)
+    on_main(lambda: _begin(plan, folder, command))
     engine = Engine(plan, folder, is_main=is_main, progress=progress)
     found = _find(plan, engine)
-    if is_main:
-        write_json(folder.history_file, found.history)
+    on_main(lambda: write_json(folder.history_file, found.history))
     outcome = engine.evaluator.train(found.placement, name="train", seed=plan.config.seed)
     baselines = _baselines(plan, engine, found.placement)
-    if is_main:
-        _save_best(folder, engine, found, outcome)
-    wait()
+    on_main(lambda: _save_best(folder, engine, found, outcome))
     reloaded = engine.measure(folder.adapter_dir)[plan.metric]
     _check_reloaded(plan, folder, outcome.metrics[plan.metric], reloaded)
     result = build_result(plan, found, outcome, baselines, reloaded, command)
-    if is_main:
-        folder.finish(result)
-        write_report(folder.path)
-        folder.log_event("done", seconds=time.time() - began)
-    wait()
+    on_main(lambda: _finish(folder, result, time.time() - began))
     return result
+
+
+def _begin(plan: Plan, folder: RunFolder, command: str) -> None:
+    write_json(folder.environment_file, environment())
+    write_json(folder.data_file, data_record(plan))
+    folder.log_event("start", command=command)
+
+
+def _finish(folder: RunFolder, result: dict[str, Any], seconds: float) -> None:
+    folder.finish(result)
+    write_report(folder.path)
+    folder.log_event("done", seconds=seconds)
+
+
+def _reopen(folder: RunFolder) -> None:
+    """Write the report of a finished run that ended before its last file was there."""
+    logger.info("%s is finished already", folder.path)
+    if not folder.report_file.is_file():
+        with folder.lock():
+            write_report(folder.path)
 
 
 def _find(plan: Plan, engine: Engine) -> SearchResult:
@@ -223,15 +225,3 @@ def _open(config: RunConfig, resume: str, overwrite: bool) -> RunFolder:
         overwrite=overwrite,
         ignore=IGNORED_ON_RESUME,
     )
-
-
-@contextlib.contextmanager
-def _processes(config: RunConfig) -> Iterator[tuple[bool, Callable[[], None]]]:
-    """Whether this is the main process, and a barrier; joins the group torchrun made, if any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield True, lambda: None
-        return
-    from accelerate import PartialState
-
-    state = PartialState(cpu=check_device(config.device) == "cpu")
-    yield state.is_main_process, state.wait_for_everyone

@@ -15,6 +15,7 @@ from prunepeft.criteria.record import Recorder
 from prunepeft.data import subset
 from prunepeft.errors import StateError
 from prunepeft.evaluate import Outcome, Scored
+from prunepeft.processes import on_main, share
 from prunepeft.resumable import Resumable
 from prunepeft.space import Placement
 from prunepeft.state import Journal, call_key
@@ -97,7 +98,7 @@ class TrainerEvaluator:
         call = self._call("score", placement, criteria=sorted(criteria), fidelity=asdict(fidelity))
         call |= {"seeds": [seed, init_seed], "start": start, "keep": keep}
         key = call_key(call)
-        if (found := self.journal.get(key)) is not None:
+        if (found := on_main(lambda: self.journal.get(key))) is not None:
             return Scored(**found)
         rows = self._rows(fidelity, seed)
         net = self.attach(placement, init_seed)
@@ -115,7 +116,7 @@ class TrainerEvaluator:
         )
         tensors = trainable_state(net) if keep else None
         detach(net)
-        self._remember(key, call, result, tensors)
+        result = self._remember(key, call, result, tensors)
         self.phases.progress.finish(f"loss {result.loss:.3f}")
         return result
 
@@ -134,7 +135,9 @@ class TrainerEvaluator:
         epochs = self.phases.settings.epochs
         call = self._call("train", placement, seed=seed, lr=lr, epochs=epochs)
         key = call_key(call)
-        if (found := self.journal.get(key)) is not None:
+        if (found := on_main(lambda: self.journal.get(key))) is not None:
+            if self.writes:  # a run killed after its entry was written still has its state
+                self._state_file(key).unlink(missing_ok=True)
             return Outcome(**found)
         net = self.attach(placement, derive_seed(seed, "train-init"))
         run = self._train(net, key, name, seed, lr)
@@ -149,7 +152,7 @@ class TrainerEvaluator:
             key=key,
             **run.cost,
         )
-        self._remember(key, call, result, run.best)
+        result = self._remember(key, call, result, run.best)
         if self.writes:
             run.clear()
         self.phases.progress.finish(
@@ -204,7 +207,7 @@ class TrainerEvaluator:
         steps = n_steps(len(rows), settings.batch_size)
         optimizer = make_optimizer(net, settings, lr)
         scheduler = make_scheduler(optimizer, settings, steps * settings.epochs)
-        file = self.state_dir / f"train-{key}.safetensors"
+        file = self._state_file(key)
         run = Resumable(net, optimizer, scheduler, file, target.metric, target.greater_is_better)
         done = run.load()
         self.phases.progress.start(name, steps * (settings.epochs - done))
@@ -216,6 +219,9 @@ class TrainerEvaluator:
             if self.writes:
                 run.save(epoch)
         return run
+
+    def _state_file(self, key: str) -> Path:
+        return self.state_dir / f"train-{key}.safetensors"
 
     def _rows(self, fidelity: Fidelity, seed: int) -> Dataset:
         train = self.phases.train
@@ -234,12 +240,16 @@ class TrainerEvaluator:
 
     def _remember(
         self, key: str, call: dict[str, Any], result: Any, tensors: dict[str, Tensor] | None
-    ) -> None:
-        """Keep a result; processes other than the main one hold what they may need later."""
+    ) -> Any:
+        """Keep a result, and return it as the main process has it.
+
+        Processes other than the main one hold the weights they may need later.
+        """
         if self.writes:
             self.journal.put(key, call, asdict(result), tensors=tensors)
         else:
             self._held[key] = tensors or {}
+        return share(result)
 
     def _tensors(self, key: str) -> dict[str, Tensor]:
         tensors = self._held.get(key) or self.journal.get_tensors(key)

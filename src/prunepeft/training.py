@@ -20,14 +20,14 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
 from prunepeft.config import TrainSettings
 from prunepeft.criteria.record import Recorder
-from prunepeft.errors import OutOfMemoryError, StateError
+from prunepeft.errors import ConfigError, OutOfMemoryError, StateError
 from prunepeft.memory import is_out_of_memory, peak_memory, reset_peak_memory
+from prunepeft.phase_trainer import PhaseCallback, PhaseTrainer
 from prunepeft.progress import Progress
 from prunepeft.supernet import slot_parameters
 
@@ -108,40 +108,6 @@ def make_scheduler(
     return get_scheduler(name, optimizer, num_warmup_steps=warm, num_training_steps=total)
 
 
-class _PhaseTrainer(Trainer):
-    """Trainer with our batches; nothing else differs."""
-
-    def __init__(self, *args: Any, batches: list[list[int]], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._batches = batches
-
-    def get_train_dataloader(self) -> DataLoader:
-        return self.accelerator.prepare(
-            DataLoader(
-                self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator
-            )
-        )
-
-
-class _PhaseCallback(TrainerCallback):
-    """Records gradients before they are clipped, clips them, and reports progress."""
-
-    def __init__(self, recorder: Recorder | None, max_grad_norm: float, progress: Progress) -> None:
-        self.recorder = recorder
-        self.max_grad_norm = max_grad_norm
-        self.progress = progress
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.recorder is not None:
-            self.recorder.step()
-        if self.max_grad_norm > 0:
-            trained = [p for p in model.parameters() if p.grad is not None]
-            nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.progress.advance(1)
-
-
 @dataclass
 class Phases:
     """Everything phases share: the data, how to batch it, and how to judge.
@@ -168,6 +134,7 @@ class Phases:
     bf16: bool
     progress: Progress
     pieces: int = 1  # micro-batches per step and process; doubles when memory runs out
+    eval_pieces: int = 1  # the same for a batch of evaluation
 
     def run(
         self,
@@ -186,7 +153,7 @@ class Phases:
             try:
                 return self._run(net, rows, optimizer, scheduler, seed, recorder)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not _may_try_again(error):
                     raise
                 logger.warning("out of memory with %d pieces a step; halving them", self.pieces)
             self.pieces *= 2
@@ -213,32 +180,50 @@ class Phases:
         began = time.perf_counter()
         out = trainer.train()
         seconds = time.perf_counter() - began
-        if not math.isfinite(out.training_loss):
+        mine = torch.tensor(out.training_loss, dtype=torch.float64).to(trainer.args.device)
+        loss = float(trainer.accelerator.reduce(mine, "mean"))
+        if not math.isfinite(loss):
             raise StateError(
-                f"the training loss became {out.training_loss}; lower train.lr (now "
-                f"{self.settings.lr:g}) or use precision=fp32."
+                f"the training loss became {loss}; lower train.lr (now {self.settings.lr:g}) or "
+                "use precision=fp32."
             )
-        return PhaseLog(out.training_loss, out.global_step, seconds, peak_memory())
+        return PhaseLog(loss, out.global_step, seconds, peak_memory())
 
     def evaluate(self, net: PeftModel, rows: Dataset | None = None) -> dict[str, float]:
-        """Metrics on the validation rows (or others), with the loss as `loss`."""
+        """Metrics on the validation rows (or others), with the loss as `loss`.
+
+        On lack of memory, again with half the batch.
+        """
+        for _ in range(MAX_HALVINGS + 1):
+            try:
+                return self._evaluate(net, self.validation if rows is None else rows)
+            except (RuntimeError, MemoryError) as error:
+                if not _may_try_again(error):
+                    raise
+                logger.warning("out of memory in evaluation; halving its batch")
+            self.eval_pieces *= 2
+        raise OutOfMemoryError(
+            "memory ran out in evaluation even with a small batch; lower train.eval_batch_size "
+            f"(now {self.settings.eval_batch_size}) or train.max_length, or use precision=bf16."
+        )
+
+    def _evaluate(self, net: PeftModel, rows: Dataset) -> dict[str, float]:
         trainer = self._trainer(net, 0, None, None, None, None)
-        out = trainer.evaluate(self.validation if rows is None else rows, metric_key_prefix="eval")
+        out = trainer.evaluate(rows, metric_key_prefix="eval")
         skip = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
         kept = {
             k: v for k, v in out.items() if k not in skip and not k.startswith("eval_model_prep")
         }
         return {k.removeprefix("eval_"): float(v) for k, v in kept.items()}
 
-    def _trainer(self, net, seed, rows, optimizer, scheduler, recorder) -> _PhaseTrainer:
+    def _trainer(self, net, seed, rows, optimizer, scheduler, recorder) -> PhaseTrainer:
         args = self._arguments(seed)
-        pieces = self.pieces * args.world_size
-        batches = []
+        batches, pieces = [], 1
         if rows is not None:
+            pieces = self._cuts(min(self.settings.batch_size, len(rows)), args.world_size)
+            args.gradient_accumulation_steps = pieces // args.world_size
             batches = batch_indices(rows["length"], self.settings.batch_size, pieces, seed)
-        steps = n_steps(len(rows), self.settings.batch_size) if rows is not None else 1
-        args.gradient_accumulation_steps = max(1, len(batches) // steps // args.world_size)
-        trainer = _PhaseTrainer(
+        trainer = PhaseTrainer(
             model=net,
             args=args,
             train_dataset=rows,
@@ -246,23 +231,34 @@ class Phases:
             optimizers=(optimizer, scheduler),
             compute_metrics=lambda p: self.compute(p.predictions, p.label_ids),
             preprocess_logits_for_metrics=self.preprocess_logits,
-            callbacks=[_PhaseCallback(recorder, self.settings.max_grad_norm, self.progress)],
+            callbacks=[PhaseCallback(recorder, self.settings.max_grad_norm, self.progress)],
             batches=batches,
+            pieces=pieces,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _cuts(self, size: int, processes: int) -> int:
+        """Micro-batches of one step of `size` rows: as many for every process, none empty."""
+        if size < processes:
+            raise ConfigError(
+                f"a step of {size} rows cannot be shared by {processes} processes; raise "
+                "train.batch_size (or search.warmup_rows), or start fewer processes."
+            )
+        return min(self.pieces, size // processes) * processes
 
     def _arguments(self, seed: int) -> TrainingArguments:
         args = TrainingArguments(
             output_dir=str(Path(tempfile.gettempdir()) / "prunepeft-trainer"),
             num_train_epochs=1,
-            per_device_eval_batch_size=self.settings.eval_batch_size,
+            per_device_eval_batch_size=max(1, self.settings.eval_batch_size // self.eval_pieces),
             max_grad_norm=0.0,
             seed=seed,
             bf16=self.bf16,
             use_cpu=self.device == "cpu",
             save_strategy="no",
             logging_strategy="no",
+            logging_nan_inf_filter=False,
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -276,6 +272,11 @@ class Phases:
             args.n_gpu, 1
         )  # one process a device; DataParallel would split modules' state
         return args
+
+
+def _may_try_again(error: BaseException) -> bool:
+    """Whether memory ran out and no other process waits: one may have had enough and gone on."""
+    return is_out_of_memory(error) and not torch.distributed.is_initialized()
 
 
 def _copy_state(state: Any) -> Any:

@@ -80,11 +80,14 @@ class ForkServer:
         self._process.wait(timeout=20)
         self._process.stdout.close()
 
-    def arguments(self, output: Path | str, *settings: str) -> list[str]:
-        """The command line of the tiny search."""
-        flags = {"model": self.model, "data": self.data, "budget": "20%", "output": output}
+    def arguments(
+        self, output: Path | str, *settings: str, inputs: tuple[Path, Path] | None = None
+    ) -> list[str]:
+        """The command line of the tiny search; `inputs` are another model and other data."""
+        model, data = inputs or (self.model, self.data)
+        flags = {"model": model, "data": data, "budget": "20%", "output": output}
         named = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        return ["search", *named, "--device", "cpu", "-q", *SETTINGS, *settings]
+        return ["search", *named, "--device", "cpu", *SETTINGS, *settings]
 
     def search(
         self,
@@ -93,7 +96,7 @@ class ForkServer:
         faults: tuple[dict[str, Any], ...] = (),
         strike: tuple[float, int] | None = None,
         env: dict[str, str | None] | None = None,
-        cwd: Path | None = None,
+        inputs: tuple[Path, Path] | None = None,
     ) -> Attempt:
         """Run the tiny search in a child.
 
@@ -103,14 +106,13 @@ class ForkServer:
             faults: See `kill_driver.py`.
             strike: Seconds, and the signal to send then.
             env: Variables to set, or with None to unset.
-            cwd: Where to run.
+            inputs: Another model and other data.
         """
         return self._ask(
-            args=self.arguments(output, *settings),
+            args=self.arguments(output, *settings, inputs=inputs),
             faults=[count(), *faults],
             strike=strike,
             env=env or {},
-            cwd=str(cwd or self.work),
         )
 
     def wait(self, attempt: Attempt) -> Attempt:
@@ -131,11 +133,11 @@ class ForkServer:
         return Attempt(out=text["stdout"], err=text["stderr"], calls=calls, **answer)
 
 
-def make_inputs(folder: Path) -> tuple[Path, Path]:
-    """A tiny encoder with dropout, and a regression task that it can learn."""
+def make_inputs(folder: Path, dropout: float = 0.1) -> tuple[Path, Path]:
+    """A tiny encoder, and a regression task that it can learn."""
     model, data = save_tiny_model(folder / "model"), folder / "data"
     config = json.loads((model / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.1}
+    config |= {"hidden_dropout_prob": dropout}
     (model / "config.json").write_text(json.dumps(config))
     data.mkdir()
     rows = [
@@ -147,8 +149,11 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     return model, data
 
 
-RESULTS = ("best/arch.json", "best/strategy.json") + tuple(
-    f"best/adapter/{name}" for name in ("adapter_model.safetensors", "adapter_config.json")
+RESULTS = (
+    "best/arch.json",
+    "best/strategy.json",
+    "best/adapter/adapter_model.safetensors",
+    "best/adapter/adapter_config.json",
 )
 
 

@@ -1,7 +1,7 @@
 """A server that imports everything once and runs each command line in a forked child, with faults.
 
-Nothing in the package knows of it: a fault is a patch of a function in the child. One JSON request a
-line on stdin, one JSON answer a line on stdout; `forked_runs.py` is the client.
+Nothing in the package knows of it: a fault is a patch of a function in the child. It takes one JSON
+request a line on stdin and gives one JSON answer a line on stdout; `forked_runs.py` is the client.
 
 A fault is {"call": "module:dotted.name", "match": text, "when": "before" or "after", "number": n,
 "until": m, "do": what}. It strikes at calls n to m (m = n by default) whose arguments, as text,
@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -36,16 +37,18 @@ def main() -> None:
 
 def warm_up() -> None:
     """Import what a run needs and draw no figures; torch computes nothing before the forks."""
-    import matplotlib.backends.backend_agg
+    import scipy.stats  # noqa: F401
     import torch
     import transformers.models.bert.modeling_bert  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import prunepeft.cli
+    import prunepeft.cli.progress
     import prunepeft.report.plots as plots
     import prunepeft.report.write as write
     import prunepeft.run  # noqa: F401
 
     torch.set_num_threads(1)
+    get_checkpoint_conversion_mapping("bert")
     picture = plots.Picture("one", "One", "Caption.", "<svg></svg>", b"<svg></svg>", b"png")
     write.make_pictures = lambda evidence: [picture]
     gc.collect()
@@ -74,7 +77,6 @@ def run(request: dict[str, Any]) -> int:
     for number, name in ((1, "stdout"), (2, "stderr")):
         handle = REAL_OPEN(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
-    os.chdir(request["cwd"])
     for name, value in request["env"].items():
         os.environ.pop(name, None)
         if value is not None:
@@ -151,6 +153,12 @@ def disk_full(result: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def limit_files(result: Any) -> Any:
+    """Let the system itself refuse every file above 4 KiB from now on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    return result
+
+
 def out_of_memory(result: Any) -> None:
     raise RuntimeError("DefaultCPUAllocator: not enough memory: out of memory")
 
@@ -170,6 +178,7 @@ ACTIONS: dict[str, Callable[[Any], Any]] = {
     "terminate": send(signal.SIGTERM),
     "stop": send(signal.SIGSTOP),
     "disk full": disk_full,
+    "limit files": limit_files,
     "out of memory": out_of_memory,
     "nan": lambda result: result * float("nan"),
 }

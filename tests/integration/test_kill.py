@@ -44,7 +44,7 @@ POINTS = {
     "training state renamed": at("os:replace", 1, "/state/train-", "after"),
     "training kept, its state not cleared": at("prunepeft.resumable:Resumable.clear"),
     "mid-evaluation": at("transformers:Trainer.prediction_step", 2),
-    "adapter half written": at("safetensors.torch:save_file", when="after"),
+    "adapter half written": at("peft.peft_model:safe_save_file", when="after"),
     "adapter written, not renamed": at("os:rename", match="adapter"),
     "adapter renamed": at("os:rename", 1, "adapter", "after"),
     "mid-evaluation of the reloaded adapter": at("transformers:Trainer.prediction_step", 3),
@@ -128,10 +128,13 @@ def test_killed_at_a_random_time(server, uninterrupted, tmp_path, number):
     """One time in each twentieth of the run; every fifth run keeps its weights between rounds."""
     settings = (KEEP,) if number % 5 == 2 else ()
     share = (number + random.Random(number).random()) / N_RANDOM
-    strike = (share * uninterrupted[settings][2], signal.SIGKILL)
-    killed = server.search(tmp_path / "run", *settings, strike=strike)
-    assert killed.code in (-signal.SIGKILL, 0)
-    check_resumed(server, tmp_path / "run", settings, killed, uninterrupted)
+    seconds, run = share * uninterrupted[settings][2], tmp_path / "run"
+    killed = server.search(run, *settings, strike=(seconds, signal.SIGKILL))
+    while killed.code == 0:  # it was faster than the run that was measured
+        seconds, run = seconds / 2, run.with_name(f"{run.name}-again")
+        killed = server.search(run, *settings, strike=(seconds, signal.SIGKILL))
+    assert killed.code == -signal.SIGKILL, killed.err
+    check_resumed(server, run, settings, killed, uninterrupted)
 
 
 def test_killed_again_and_again(server, uninterrupted, tmp_path):
@@ -143,7 +146,7 @@ def test_killed_again_and_again(server, uninterrupted, tmp_path):
         if killed.code == 0:
             break
         assert killed.code == -signal.SIGKILL, killed.err
-        assert killed.phases == 2, f"life {life} did not begin a second epoch"
+        assert killed.phases == 1, f"life {life} got no further"
     assert killed.code == 0
     assert results_of(tmp_path / "run") == expected
 

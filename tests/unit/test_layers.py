@@ -13,13 +13,14 @@ MAX_FILE, MAX_FUNCTION = 300, 40
 # Lowest first; a module imports from its own layer and below.
 LAYERS = (
     ("errors", "_version", "interrupts", "progress"),
-    ("registry", "docstrings", "state", "memory"),
+    ("registry", "docstrings", "state", "memory", "processes"),
     ("space", "budget", "schedules", "config", "metrics"),
     ("kinds", "sites", "families"),
     ("candidates",),
     ("supernet", "criteria"),
     ("structured", "sparse_tuning", "compression"),
-    ("tasks", "data", "train_state", "training", "evaluate", "resumable", "trainer_evaluator"),
+    ("tasks", "data", "evaluate"),
+    ("train_state", "phase_trainer", "training", "resumable", "trainer_evaluator"),
     ("backends", "callback"),
     ("strategies",),
     ("report", "plan"),

@@ -29,8 +29,8 @@ def inspect(
     if not path.exists():
         raise ConfigError(f"there is nothing at {path}; give a run, an adapter or an arch.json.")
     with output.work():
-        from prunepeft.report import inspect_path
+        from prunepeft.report import format_inspect, inspect_path
 
         found = inspect_path(path)
     if not output.document(found):
-        output.mapping("", found)
+        output.line(format_inspect(found))

@@ -7,7 +7,6 @@ import typer
 from prunepeft.cli.check import print_plan
 from prunepeft.cli.options import Switches, add_run_command
 from prunepeft.cli.output import Output
-from prunepeft.cli.summary import print_result
 
 if TYPE_CHECKING:
     from prunepeft.config import RunConfig
@@ -35,6 +34,7 @@ def run_and_print(name: str, config: "RunConfig", switches: Switches, output: Ou
     with output.work(chatty=True):
         from prunepeft import run
         from prunepeft.cli.progress import make_progress
+        from prunepeft.report import compact_summary
 
         result = getattr(run, name)(
             config,
@@ -48,4 +48,4 @@ def run_and_print(name: str, config: "RunConfig", switches: Switches, output: Ou
     if switches.dry_run:
         print_plan(result, output)
     elif not output.document(result):
-        print_result(result, folder, output)
+        output.line(compact_summary(result, folder))

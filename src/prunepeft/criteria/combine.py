@@ -19,7 +19,7 @@ FALLBACK_STRATEGY: Mapping[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 _TYPICAL_SITE = Site("ffn.down", "encoder", 0, 1, "ffn", "down", 1, 1, source="ffn.up")
-_DIGITS = 12  # equal probabilities of two partitions must stay equal after rounding
+_ORDER = 1e-10  # orders units whose rank weight has vanished; far below any other difference
 
 
 def hybrid_probability(
@@ -35,11 +35,12 @@ def hybrid_probability(
     A unit's partition says which criteria judge it. Every criterion c gives every unit m a value
     v_c(m), 1 = first to prune, and a rank r_c(m), 0 = first to prune, among all N units:
 
-        score(m) = mean over c of softmax(v_c)(m) * sigmoid(3 - r_c(m))
+        score(m) = mean over c of softmax(v_c)(m) * sigmoid(3 - r_c(m)) + 1e-10 v_c(m)
         probability(m) = softmax(score)(m)
 
     v is one minus the saliency, min-max normalised over the units of one scale (0.5 where all are
-    equal); ties share their mean rank. Judging all units on one ranking lets a partition lose all
+    equal); ties share their mean rank. The last term only orders units so far down the ranking that
+    their weight has vanished. Judging all units on one ranking lets a partition lose all
     its units or none; a softmax inside each partition would take the same share from each.
 
     Args:
@@ -74,14 +75,14 @@ def hybrid_probability(
         values = _relative(_saliencies(name, units, saliency), [scales[u] for u in units])
         shares, ranks = _softmax(values), _ranks(values)
         judged[name] = {
-            u: share * _sigmoid(3 - rank)
-            for u, share, rank in zip(units, shares, ranks, strict=True)
+            u: share * _sigmoid(3 - rank) + _ORDER * value
+            for u, value, share, rank in zip(units, values, shares, ranks, strict=True)
         }
     scores = []
     for unit in units:
         used = users[partitions[unit]]
         scores.append(math.fsum(judged[c][unit] for c in used) / len(used))
-    return {u: round(p, _DIGITS) for u, p in zip(units, _softmax(scores), strict=True)}
+    return dict(zip(units, _softmax(scores), strict=True))
 
 
 def _per_partition(
@@ -98,7 +99,7 @@ def _per_partition(
             shares = _softmax(values)
             scores = [s + p * w for s, p, w in zip(scores, shares, weights, strict=True)]
         for unit, share in zip(units, _softmax(scores), strict=True):
-            result[unit] = round(share, _DIGITS)
+            result[unit] = share
     return result
 
 

@@ -37,7 +37,7 @@ class Recorder:
         units: Unit id -> its trainable parameters over all tied sites.
         layers: Layers to watch for outputs; a module counts for the unit of its `slot_id`.
         needs: What to collect, a subset of `NEEDS`.
-        output_every: Outputs are sampled in the first optimiser step and then every so many.
+        output_every: Outputs are sampled in the first and second optimiser step, then every so many.
     Raises:
         ConfigError: if `needs` or `output_every` is not allowed.
     Example:
@@ -159,7 +159,9 @@ class Recorder:
     def _observe(self, layer: Observable, module: Module, delta: Tensor) -> None:
         # A graph task runs while gradient checkpointing repeats a forward pass that was counted.
         repeated = torch._C._current_graph_task_id() != -1
-        if layer.training and not repeated and self.steps % self.output_every == 0:
+        # The first step tells little (LoRA starts at zero), but it may be the only one.
+        due = self.steps == 0 or self.steps % self.output_every == 1 % self.output_every
+        if layer.training and not repeated and due:
             self._outputs.add(module.slot_id, delta)
 
     def _weights(self) -> Iterator[Iterator[Tensor]]:

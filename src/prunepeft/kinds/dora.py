@@ -23,7 +23,7 @@ class Dora(Kind):
     for the gradient (section 4.3), the bias is not scaled, and dropout acts on x in both terms.
 
     Attributes:
-        alpha: Numerator of the scaling s = alpha / R of the slot's largest size.
+        alpha: Numerator of the scaling s = alpha / R of the slot's largest size R; None: 2 R.
         dropout: Probability on the module's input while training.
         rslora: Scaling alpha / sqrt(R) instead.
     References:
@@ -42,12 +42,13 @@ class Dora(Kind):
     shrink_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
     formula: ClassVar[str] = "R (d_in + d_out) + d_out"
 
-    alpha: float = 32.0
+    alpha: float | None = None
     dropout: float = 0.0
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        check_range(self.name, "alpha", self.alpha, 1e-6, 1e6)
+        if self.alpha is not None:
+            check_range(self.name, "alpha", self.alpha, 1e-6, 1e6)
         check_range(self.name, "dropout", self.dropout, 0.0, 0.99)
         if not isinstance(self.rslora, bool):
             raise ConfigError(f"{self.name}.rslora must be true or false; got {self.rslora!r}.")
@@ -67,7 +68,8 @@ class Dora(Kind):
         return {"A": a, "B": torch.zeros(shapes["B"]), "magnitude": norm.cpu()}
 
     def scaling(self, max_size: int) -> float:
-        return self.alpha / (math.sqrt(max_size) if self.rslora else max_size)
+        alpha = 2 * max_size if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(max_size) if self.rslora else max_size)
 
     def delta(self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host) -> Tensor:
         x = F.dropout(x, self.dropout, host.training)

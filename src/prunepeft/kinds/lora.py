@@ -22,7 +22,7 @@ class Lora(Kind):
     s = alpha / R of the slot's largest size, or alpha / sqrt(R) with `rslora`.
 
     Attributes:
-        alpha: Numerator of the scaling.
+        alpha: Numerator of the scaling; None: twice the largest size.
         dropout: Probability on the module's input while training.
         rslora: Rank-stabilised scaling.
     References:
@@ -42,12 +42,13 @@ class Lora(Kind):
     shrink_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
     formula: ClassVar[str] = "R (d_in + d_out)"
 
-    alpha: float = 32.0
+    alpha: float | None = None
     dropout: float = 0.0
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        check_range(self.name, "alpha", self.alpha, 1e-6, 1e6)
+        if self.alpha is not None:
+            check_range(self.name, "alpha", self.alpha, 1e-6, 1e6)
         check_range(self.name, "dropout", self.dropout, 0.0, 0.99)
         if not isinstance(self.rslora, bool):
             raise ConfigError(f"{self.name}.rslora must be true or false; got {self.rslora!r}.")
@@ -66,7 +67,8 @@ class Lora(Kind):
         return {"A": a, "B": torch.zeros(shapes["B"])}
 
     def scaling(self, max_size: int) -> float:
-        return self.alpha / (math.sqrt(max_size) if self.rslora else max_size)
+        alpha = 2 * max_size if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(max_size) if self.rslora else max_size)
 
     def delta(self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host) -> Tensor:
         h = F.linear(F.dropout(x, self.dropout, host.training), params["A"])  # (..., R)

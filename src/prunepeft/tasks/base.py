@@ -33,8 +33,11 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Make a batch: inputs (B, T) int64; labels (B, T) or (B,) int64, or (B,) float32."""
-        width = max(len(row["input_ids"]) for row in rows)
+        """Make a batch: inputs (B, T) int64; labels (B, T) or (B,) int64, or (B,) float32.
+
+        T is that of the longest row, or at least `width` where the rows name one.
+        """
+        width = max(*(len(row["input_ids"]) for row in rows), rows[0].get("width", 0))
         fill = {"input_ids": self.pad_token_id}
         batch = {
             name: torch.tensor([_pad(row[name], width, fill.get(name, 0)) for row in rows])

@@ -1,0 +1,155 @@
+"""Render `docs/benchmarks.md` from the result files: `python -m benchmarks.render`."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+TARGET = HERE.parent / "docs" / "benchmarks.md"
+NAMES = {
+    "lora_qv": "plain LoRA, query and value",
+    "lora_all": "plain LoRA, all linear layers",
+    "serial": "serial adapter after every feed-forward",
+    "union": "union, not pruned (over budget)",
+    "random": "random pruning",
+    "single": "best single criterion",
+    "prunepeft": "PrunePEFT",
+    "prunepeft_low": "PrunePEFT, low fidelity",
+}
+
+
+def main() -> None:
+    TARGET.write_text(render(), "utf-8")
+
+
+def render() -> str:
+    """The whole page."""
+    parts = [
+        "# Benchmarks",
+        "",
+        "Every number here comes from a file under `benchmarks/*/results/`, which holds its settings,",
+        "commit, machine and versions. This page is made from them by `python -m benchmarks.render`.",
+        "",
+        *_first(),
+        *_recorder(),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _first() -> list[str]:
+    suite = yaml.safe_load((HERE / "first" / "suite.yaml").read_text("utf-8"))
+    lines = [
+        "## First table: one budget, three tasks",
+        "",
+        "```",
+        "python -m benchmarks.first.run --model FOLDER_OF_MINILM_L6 --data FOLDER_OF_TASKS",
+        "```",
+        "",
+        f"MiniLM-L6 (22.7 million parameters), budget {suite['budget']}, {suite['rows']:,} training rows by "
+        f"seed, {suite['epochs']} retraining epochs, batch {suite['batch_size']}, {suite['precision']}, "
+        f"{len(suite['seeds'])} seeds; best epoch on the validation split. The learning rate of both plain",
+        f"LoRA forms is the best of {', '.join(f'{r:g}' for r in suite['rates'])} on a seed that is not in "
+        "the table, and so is the",
+        "single criterion; every other method uses the rate found for LoRA on all linear layers. Metric:",
+        "mean and standard deviation over the seeds. Difference: to the better plain LoRA form (by mean),",
+        "paired by seed. Search cost: seconds of the search over seconds of the training it precedes, and",
+        "the same for optimiser steps.",
+        "",
+    ]
+    for task, settings in suite["tasks"].items():
+        lines += _first_task(task, settings["metric"], suite)
+    return lines
+
+
+def _first_task(task: str, metric: str, suite: dict[str, Any]) -> list[str]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for method in suite["methods"]:
+        files = [_path(task, method, seed) for seed in suite["seeds"]]
+        found[method] = [_read(f)["result"] for f in files if f.is_file()]
+    if not any(found.values()):
+        return []
+    whole = {m for m, rows in found.items() if len(rows) == len(suite["seeds"])}
+    plain = [m for m in ("lora_qv", "lora_all") if m in whole]
+    best = max(plain, key=lambda m: _mean(found[m], "metric"), default=None)
+    lines = [
+        f"### {task}: {metric}",
+        "",
+        "| method | metric | difference | parameters | search cost (seconds, steps) | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, rows in found.items():
+        if not rows:
+            continue
+        gap = "-"
+        if best in found and method in whole and method != best:
+            gaps = [r["metric"] - b["metric"] for r, b in zip(rows, found[best], strict=True)]
+            gap = f"{statistics.mean(gaps):+.4f} ± {_std(gaps):.4f}"
+        cost = "-"
+        if "search_seconds" in rows[0]:
+            seconds = statistics.mean(r["search_seconds"] / r["train_seconds"] for r in rows)
+            steps = statistics.mean(r["search_steps"] / r["train_steps"] for r in rows)
+            cost = f"{seconds:.2f}, {steps:.2f}"
+        values = [r["metric"] for r in rows]
+        name = NAMES[method]
+        if method == "single":
+            name += f" ({rows[0]['criterion']})"
+        lines.append(
+            f"| {name} | {statistics.mean(values):.4f} ± {_std(values):.4f} | {gap} | "
+            f"{_mean(rows, 'n_params'):,.0f} | {cost} | {len(rows)} |"
+        )
+    rates = {m: found[m][0]["lr"] for m in plain}
+    rows = next(r for r in found.values() if r)
+    lines += [
+        "",
+        f"Learning rates: {', '.join(f'{NAMES[m]} {r:g}' for m, r in rates.items())}. "
+        f"{rows[0]['n_validation']:,} validation rows. Limit: {rows[0]['limit']:,} parameters.",
+        "",
+    ]
+    return lines
+
+
+def _recorder() -> list[str]:
+    files = sorted((HERE / "engine" / "results").glob("recorder-*.json"))
+    if not files:
+        return []
+    lines = [
+        "## What recording costs",
+        "",
+        "All six criteria recorded against a plain training step of the default supernet on MiniLM-L6,",
+        "batch 16 x 64, paired in one process in random order (`python -m benchmarks.engine.recorder`).",
+        "Times are processor seconds. Target: at most 1.03.",
+        "",
+        "| threads | pairs of steps | ratio, median | quartiles | ratio of sums |",
+        "|---|---|---|---|---|",
+    ]
+    for file in files:
+        r = _read(file)
+        low, _, high = r["ratio_quartiles"]
+        lines.append(
+            f"| {r['machine']['threads']} | {r['pairs'] * r['steps_per_pair']} | {r['ratio_median']:.3f} | "
+            f"{low:.3f} to {high:.3f} | {r['ratio_of_sums']:.3f} |"
+        )
+    return [*lines, ""]
+
+
+def _path(task: str, method: str, seed: int) -> Path:
+    return HERE / "first" / "results" / task / f"{method}-seed{seed}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8"))
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float:
+    return statistics.mean(r[key] for r in rows)
+
+
+def _std(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+if __name__ == "__main__":
+    main()

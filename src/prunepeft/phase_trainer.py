@@ -1,0 +1,110 @@
+"""The transformers Trainer of one phase: our batches, and a loss that does not mind their cut."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from prunepeft.criteria.record import Recorder
+from prunepeft.progress import Progress
+from prunepeft.tasks.base import IGNORED
+
+
+class PhaseTrainer(Trainer):
+    """Trainer with given batches; the gradient is that of the mean over a step's labels.
+
+    A step may be cut over micro-batches and processes. Models return the mean over a piece, so each
+    piece counts by its share of the labels, as if the step had been one batch.
+    """
+
+    def __init__(
+        self, *args: Any, batches: list[list[int]], pieces: int = 1, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._batches = batches
+        self._pieces = pieces
+        # Else the Trainer counts no labels, or divides the loss by the number of pieces once more.
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        rows = self.train_dataset
+        if self._pieces > 1:
+            rows = _EqualWidths(rows, self._batches, self._pieces)
+        return self.accelerator.prepare(
+            DataLoader(rows, batch_sampler=self._batches, collate_fn=self.data_collator)
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of one step, and how many labels the step has over all processes."""
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        if not samples:
+            return samples, None
+        total = sum(_n_labels(batch["labels"]) for batch in samples).to(self.args.device)
+        return samples, self.accelerator.reduce(total, "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The piece's part of the step's loss; in evaluation the mean over the batch."""
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if model.training and num_items_in_batch is not None:
+            share = _n_labels(inputs["labels"]) / num_items_in_batch
+            # Data parallel averages the gradients of the processes; the parts must add up.
+            loss = loss * share.to(loss) * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+
+class _EqualWidths:
+    """Rows that say how wide their step is: a piece of it is padded as the whole would be.
+
+    What is recorded of the modules' outputs includes padding.
+    """
+
+    def __init__(self, rows: Dataset, batches: list[list[int]], pieces: int) -> None:
+        self.rows = rows
+        self.widths: dict[int, int] = {}
+        lengths = rows["length"]
+        for start in range(0, len(batches), pieces):
+            step = [i for piece in batches[start : start + pieces] for i in piece]
+            self.widths |= dict.fromkeys(step, max(lengths[i] for i in step))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        rows = self.rows.__getitems__(indices)
+        return [row | {"width": self.widths[i]} for row, i in zip(rows, indices, strict=True)]
+
+
+class PhaseCallback(TrainerCallback):
+    """Records gradients before they are clipped, clips them, and reports progress."""
+
+    def __init__(self, recorder: Recorder | None, max_grad_norm: float, progress: Progress) -> None:
+        self.recorder = recorder
+        self.max_grad_norm = max_grad_norm
+        self.progress = progress
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.recorder is not None:
+            self.recorder.step()
+        if self.max_grad_norm > 0:
+            trained = [p for p in model.parameters() if p.grad is not None]
+            nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.advance(1)
+
+
+def _n_labels(labels: Tensor) -> Tensor:
+    """Labels that a batch is judged on: rows, or tokens after the first, which none predicts."""
+    if labels.ndim == 1:
+        return torch.tensor(len(labels), device=labels.device)
+    return labels[..., 1:].ne(IGNORED).sum()

@@ -1,0 +1,59 @@
+"""The processes of a data-parallel run: which is the main one, and how the others learn from it.
+
+All processes walk through the same calls; the main one alone reads and writes the run folder. What
+depends on the folder or the clock is therefore shared before anything is decided by it.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def join(device: str) -> bool:
+    """Join the group that torchrun made, if any; returns whether this is the main process.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu").is_main_process
+
+
+def share(value: T) -> T:
+    """The main process's value, on every process; none goes on before all are here."""
+    if not _are_several():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    dist.barrier()
+    return box[0]
+
+
+def on_main(call: Callable[[], T]) -> T:
+    """Call on the main process only; what it returns or raises reaches every process.
+
+    Without the error the others would wait for a process that has gone.
+    """
+    if not _are_several():
+        return call()
+    value, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            value = call()
+        except Exception as caught:
+            error = caught
+    value, error = share((value, error))
+    if error is not None:
+        raise error
+    return value
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized()
