@@ -30,8 +30,8 @@ def render() -> str:
     parts = [
         "# Benchmarks",
         "",
-        "Every number here comes from a file under `benchmarks/*/results/`, which holds its settings,",
-        "commit, machine and versions. This page is made from them by `python -m benchmarks.render`.",
+        "Every number comes from a file under `benchmarks/*/results/`, which holds its settings, commit,",
+        "machine and versions. `python -m benchmarks.render` makes this page from them.",
         "",
         *_first(),
         *_recorder(),
@@ -48,15 +48,15 @@ def _first() -> list[str]:
         "python -m benchmarks.first.run --model FOLDER_OF_MINILM_L6 --data FOLDER_OF_TASKS",
         "```",
         "",
-        f"MiniLM-L6 (22.7 million parameters), budget {suite['budget']}, {suite['rows']:,} training rows by "
-        f"seed, {suite['epochs']} retraining epochs, batch {suite['batch_size']}, {suite['precision']}, "
-        f"{len(suite['seeds'])} seeds; best epoch on the validation split. The learning rate of both plain",
-        f"LoRA forms is the best of {', '.join(f'{r:g}' for r in suite['rates'])} on a seed that is not in "
-        "the table, and so is the",
-        "single criterion; every other method uses the rate found for LoRA on all linear layers. Metric:",
-        "mean and standard deviation over the seeds. Difference: to the better plain LoRA form (by mean),",
-        "paired by seed. Search cost: seconds of the search over seconds of the training it precedes, and",
-        "the same for optimiser steps.",
+        f"MiniLM-L6 (22.7 million parameters), budget {suite['budget']}, {suite['rows']:,} training "
+        f"rows by seed, {suite['epochs']} retraining epochs, batch {suite['batch_size']},",
+        f"{suite['precision']}, {len(suite['seeds'])} seeds; best epoch on the validation split. The "
+        "learning rate of both plain LoRA forms is the best of",
+        f"{', '.join(f'{r:g}' for r in suite['rates'])} on a seed that is not in the table, and so is "
+        "the single criterion; every other method",
+        "uses the rate found for LoRA on all linear layers. Metric: mean and standard deviation over the",
+        "seeds. Difference: to the better plain LoRA form (by mean), paired by seed. Search cost: the",
+        "search over the training it precedes, in seconds and in optimiser steps.",
         "",
     ]
     for task, settings in suite["tasks"].items():
@@ -97,8 +97,8 @@ def _first_task(task: str, metric: str, suite: dict[str, Any]) -> list[str]:
         if method == "single":
             name += f" ({rows[0]['criterion']})"
         lines.append(
-            f"| {name} | {statistics.mean(values):.4f} ± {_std(values):.4f} | {gap} | "
-            f"{_mean(rows, 'n_params'):,.0f} | {cost} | {len(rows)} |"
+            f"| {name} | {statistics.mean(values):.4f} ± {_std(values):.4f} | {gap} "
+            f"| {_mean(rows, 'n_params'):,.0f} | {cost} | {len(rows)} |"
         )
     rates = {m: found[m][0]["lr"] for m in plain}
     rows = next(r for r in found.values() if r)
@@ -118,8 +118,8 @@ def _recorder() -> list[str]:
     lines = [
         "## What recording costs",
         "",
-        "All six criteria recorded against a plain training step of the default supernet on MiniLM-L6,",
-        "batch 16 x 64, paired in one process in random order (`python -m benchmarks.engine.recorder`).",
+        "All six criteria recorded, against a plain training step of the default supernet on MiniLM-L6;",
+        "batch 16 x 64, paired in one process, in random order (`python -m benchmarks.engine.recorder`).",
         "Times are processor seconds. Target: at most 1.03.",
         "",
         "| threads | pairs of steps | ratio, median | quartiles | ratio of sums |",
@@ -129,8 +129,8 @@ def _recorder() -> list[str]:
         r = _read(file)
         low, _, high = r["ratio_quartiles"]
         lines.append(
-            f"| {r['machine']['threads']} | {r['pairs'] * r['steps_per_pair']} | {r['ratio_median']:.3f} | "
-            f"{low:.3f} to {high:.3f} | {r['ratio_of_sums']:.3f} |"
+            f"| {r['machine']['threads']} | {r['pairs'] * r['steps_per_pair']} "
+            f"| {r['ratio_median']:.3f} | {low:.3f} to {high:.3f} | {r['ratio_of_sums']:.3f} |"
         )
     return [*lines, ""]
 

@@ -46,12 +46,14 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """All names in the order of registration."""
+        self._read_entry_points()
         return tuple(self._items)
 
     def __contains__(self, name: str) -> bool:
         return name in self._items
 
     def __iter__(self) -> Iterator[tuple[str, T]]:
+        self._read_entry_points()
         return iter(self._items.items())
 
     def _read_entry_points(self) -> None:

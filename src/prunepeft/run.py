@@ -4,6 +4,7 @@ import contextlib
 import logging
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ def search(
     folder = on_main(lambda: _open(config, resume, overwrite))
     with contextlib.ExitStack() as held:
         on_main(lambda: held.enter_context(folder.lock()))
+        if is_main:
+            held.enter_context(_log_to(folder.log_file))
         return _search(plan, folder, is_main, command, progress or SilentProgress())
 
 
@@ -157,6 +160,20 @@ def _search(
     result = build_result(plan, found, outcome, baselines, reloaded, command)
     on_main(lambda: _finish(folder, result, time.time() - began))
     return result
+
+
+@contextlib.contextmanager
+def _log_to(file: Path) -> Iterator[None]:
+    """Append what the library logs to a file as well."""
+    handler = logging.FileHandler(file, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    library = logging.getLogger("prunepeft")
+    library.addHandler(handler)
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+        handler.close()
 
 
 def _begin(plan: Plan, folder: RunFolder, command: str) -> None:

@@ -263,20 +263,29 @@ class Phases:
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
-            gradient_checkpointing=self.settings.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            **_checkpointing(self.settings.gradient_checkpointing),
             ddp_find_unused_parameters=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        args._n_gpu = min(
-            args.n_gpu, 1
-        )  # one process a device; DataParallel would split modules' state
+        args._n_gpu = min(args.n_gpu, 1)  # one process a device; DataParallel would copy modules
         return args
 
 
 def _may_try_again(error: BaseException) -> bool:
     """Whether memory ran out and no other process waits: one may have had enough and gone on."""
     return is_out_of_memory(error) and not torch.distributed.is_initialized()
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Arguments for activation checkpointing, by the names this transformers prefers."""
+    if not wanted:
+        return {}
+    fields = TrainingArguments.__dataclass_fields__
+    name = "activation" if "activation_checkpointing" in fields else "gradient"
+    return {
+        f"{name}_checkpointing": True,
+        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
+    }
 
 
 def _copy_state(state: Any) -> Any:

@@ -43,7 +43,7 @@ RESULT_KEYS = {
     "metric": "name value all best_epoch reloaded",
     "search": "seconds steps rounds runs peak_memory_bytes",
     "train": "seconds steps epochs peak_memory_bytes curve",
-    "environment": "python torch transformers peft platform device threads",
+    "environment": "python torch transformers peft platform processor device threads",
 }
 BASELINE_KEYS = "name n_params rank metric seconds steps epochs peak_memory_bytes curve"
 FILES = (
@@ -163,7 +163,7 @@ def test_the_adapter_gives_the_same_metric_in_plain_peft(world: World, whole: Re
     tokenizer = AutoTokenizer.from_pretrained(world.bert)
     plan = run.make_plan(load_config(None, (), _flat(world, whole)))
     rows = plan.splits.validation
-    batch = tokenizer(rows["text"], padding=True, return_tensors="pt")
+    batch = tokenizer(list(rows["text"]), padding=True, return_tensors="pt")
     with torch.no_grad():
         found = net(**batch).logits.argmax(-1)
     labels = torch.tensor([plan.splits.labels.index(label) for label in rows["label"]])
@@ -304,20 +304,19 @@ def test_low_fidelity_sees_fewer_rows(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("budget", "unit", "limit"),
-    [("3 modules", "modules", 3), ("rank:24", "rank", 24), ("1.1k", "parameters", 1100)],
+    [("3 modules", "modules", 3), ("rank:24", "rank", 24)],
 )
 def test_budget_forms(world: World, budget: str, unit: str, limit: int) -> None:
     name = budget.replace(" ", "").replace(":", "")
     result = world.search(f"budget-{name}", budget, sizes={"lora": 8, "serial_adapter": 8})
     found = result.report["budget"]
     assert (found["unit"], found["limit"]) == (unit, limit)
-    assert found["realised"] == cost(result.placement, unit) <= limit
-    if unit != "parameters":
-        assert found["realised"] == limit
+    assert found["realised"] == cost(result.placement, unit) == limit
 
 
 def test_a_budget_above_everything_keeps_everything(world: World) -> None:
     result = world.search("ample", "120k", sizes={"lora": 2, "serial_adapter": 2})
+    assert result.report["budget"]["limit"] == 120_000
     assert result.report["space"]["n_slots"] == len(result.placement)
     assert result.report["search"]["runs"] == 0
 

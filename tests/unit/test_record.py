@@ -70,7 +70,8 @@ def test_sums_equal_a_naive_reference(accumulation: int) -> None:
     for i, unit in enumerate(record.units):
         steps = [flat(g[unit]) for g in naive.grads]
         products = [flat(w[unit]) * g for w, g in zip(naive.weights, steps, strict=True)]
-        outputs = flat([y for step in naive.outputs[::2] for y in step[unit]])
+        sampled = [naive.outputs[s] for s in (0, 1, 3)]
+        outputs = flat([y for step in sampled for y in step[unit]])
         assert_close(flat(list(record.grad_sum[i])), sum(steps))
         assert_close(record.abs_grad_mean[i], torch.stack(steps).abs().mean())
         assert_close(record.abs_weight_grad_mean[i], torch.stack(products).abs().mean())
@@ -217,5 +218,6 @@ def test_reset_forgets_a_failed_pass() -> None:
     record = recorder.read()
     assert record.steps == 2
     assert_close(flat(list(record.grad_sum[0])), sum(flat(g["tied"]) for g in naive.grads))
-    assert_close(record.output_abs_mean[1], flat(naive.outputs[0]["single"]).abs().mean())
+    outputs = flat([y for step in naive.outputs for y in step["single"]])
+    assert_close(record.output_abs_mean[1], outputs.abs().mean())
     assert_close(record.init_rms, rms, rtol=0, atol=0)

@@ -18,7 +18,7 @@ def add(app: typer.Typer) -> None:
 def evaluate(
     run: RunFolder,
     data: Annotated[
-        str | None, typer.Option(help="Other data; else the validation split of the run.")
+        str | None, typer.Option(help="Other data; else the run's test split, or validation.")
     ] = None,
     json_out: Json = False,
     verbose: Verbose = 0,

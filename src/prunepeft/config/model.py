@@ -88,7 +88,7 @@ class SearchSettings(_Settings):
     mode: Mode = _about(
         "hybrid", "hybrid, none, random, no_partitions, or single:<criterion> (ablations)"
     )
-    paper_exact: bool = _about(False, "leave out the correction for partitions of unequal size")
+    paper_exact: bool = _about(False, "probabilities as published, inside each partition")
     warmup_rows: Count = _about(100, "rows of the warm-up, stratified by label")
     warmup_epochs: Count = _about(3, "passes per warm-up turn")
     warmup_turns: Count = _about(3, "warm-up turns per criterion")

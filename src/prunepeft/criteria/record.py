@@ -37,7 +37,7 @@ class Recorder:
         units: Unit id -> its trainable parameters over all tied sites.
         layers: Layers to watch for outputs; a module counts for the unit of its `slot_id`.
         needs: What to collect, a subset of `NEEDS`.
-        output_every: Outputs are sampled in the first and second optimiser step, then every so many.
+        output_every: Outputs are sampled in the first and second step, then every so many steps.
     Raises:
         ConfigError: if `needs` or `output_every` is not allowed.
     Example:
