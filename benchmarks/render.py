@@ -27,38 +27,14 @@ def main() -> None:
 
 def render() -> str:
     """The whole page."""
-    parts = [
-        "# Benchmarks",
-        "",
-        "Every number comes from a file under `benchmarks/*/results/`, which holds its settings, commit,",
-        "machine and versions. `python -m benchmarks.render` makes this page from them.",
-        "",
-        *_first(),
-        *_recorder(),
-    ]
+    parts = [(HERE / "about.md").read_text("utf-8"), *_first(), *_recorder()]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def _first() -> list[str]:
     suite = yaml.safe_load((HERE / "first" / "suite.yaml").read_text("utf-8"))
-    lines = [
-        "## First table: one budget, three tasks",
-        "",
-        "```",
-        "python -m benchmarks.first.run --model FOLDER_OF_MINILM_L6 --data FOLDER_OF_TASKS",
-        "```",
-        "",
-        f"MiniLM-L6 (22.7 million parameters), budget {suite['budget']}, {suite['rows']:,} training "
-        f"rows by seed, {suite['epochs']} retraining epochs, batch {suite['batch_size']},",
-        f"{suite['precision']}, {len(suite['seeds'])} seeds; best epoch on the validation split. The "
-        "learning rate of both plain LoRA forms is the best of",
-        f"{', '.join(f'{r:g}' for r in suite['rates'])} on a seed that is not in the table, and so is "
-        "the single criterion; every other method",
-        "uses the rate found for LoRA on all linear layers. Metric: mean and standard deviation over the",
-        "seeds. Difference: to the better plain LoRA form (by mean), paired by seed. Search cost: the",
-        "search over the training it precedes, in seconds and in optimiser steps.",
-        "",
-    ]
+    words = {k: ", ".join(f"{v:g}" for v in suite[k]) for k in ("rates", "seeds")}
+    lines = [(HERE / "first" / "about.md").read_text("utf-8").format(**{**suite, **words})]
     for task, settings in suite["tasks"].items():
         lines += _first_task(task, settings["metric"], suite)
     return lines
@@ -96,10 +72,15 @@ def _first_task(task: str, metric: str, suite: dict[str, Any]) -> list[str]:
         name = NAMES[method]
         if method == "single":
             name += f" ({rows[0]['criterion']})"
-        lines.append(
-            f"| {name} | {statistics.mean(values):.4f} ± {_std(values):.4f} | {gap} "
-            f"| {_mean(rows, 'n_params'):,.0f} | {cost} | {len(rows)} |"
+        cells = (
+            name,
+            f"{statistics.mean(values):.4f} ± {_std(values):.4f}",
+            gap,
+            f"{_mean(rows, 'n_params'):,.0f}",
+            cost,
+            len(rows),
         )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     rates = {m: found[m][0]["lr"] for m in plain}
     rows = next(r for r in found.values() if r)
     lines += [
@@ -113,26 +94,19 @@ def _first_task(task: str, metric: str, suite: dict[str, Any]) -> list[str]:
 
 def _recorder() -> list[str]:
     files = sorted((HERE / "engine" / "results").glob("recorder-*.json"))
-    if not files:
-        return []
-    lines = [
-        "## What recording costs",
-        "",
-        "All six criteria recorded, against a plain training step of the default supernet on MiniLM-L6;",
-        "batch 16 x 64, paired in one process, in random order (`python -m benchmarks.engine.recorder`).",
-        "Times are processor seconds. Target: at most 1.03.",
-        "",
-        "| threads | pairs of steps | ratio, median | quartiles | ratio of sums |",
-        "|---|---|---|---|---|",
-    ]
-    for file in files:
-        r = _read(file)
-        low, _, high = r["ratio_quartiles"]
-        lines.append(
-            f"| {r['machine']['threads']} | {r['pairs'] * r['steps_per_pair']} "
-            f"| {r['ratio_median']:.3f} | {low:.3f} to {high:.3f} | {r['ratio_of_sums']:.3f} |"
+    rows = []
+    for result in map(_read, files):
+        low, _, high = result["ratio_quartiles"]
+        cells = (
+            result["machine"]["threads"],
+            result["pairs"] * result["steps_per_pair"],
+            f"{result['ratio_median']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{result['ratio_of_sums']:.3f}",
         )
-    return [*lines, ""]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    about = (HERE / "engine" / "about.md").read_text("utf-8").rstrip()
+    return [about, *rows] if rows else []
 
 
 def _path(task: str, method: str, seed: int) -> Path:

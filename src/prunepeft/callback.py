@@ -86,6 +86,8 @@ class PruneCallback(TrainerCallback):
             )
         full = placement_of(model)
         self._placement = full
+        self.history = []
+        self._leave()  # a training that broke off is still being recorded
         n_base = sum(p.numel() for n, p in model.named_parameters() if not p.requires_grad)
         self._limit = self.budget.limit(n_base)
         self._first_cost = cost(full, self.budget.unit)
@@ -118,16 +120,13 @@ class PruneCallback(TrainerCallback):
         if self._recorder is None or state.global_step < self._events[len(self.history)]:
             return
         record = self._recorder.read()
-        self._recorder.__exit__(None, None, None)
-        self._recorder = None
+        self._leave()
         self._prune(model, optimizer, record, state.global_step)
         if len(self.history) < self.rounds:
             self._record(model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self._recorder is not None:
-            self._recorder.__exit__(None, None, None)
-            self._recorder = None
+        self._leave()
         left = cost(placement_of(model), self.budget.unit)
         if left > self._limit:
             raise StateError(
@@ -139,6 +138,11 @@ class PruneCallback(TrainerCallback):
     def _record(self, model) -> None:
         names = {c for used in self._used.values() for c in used}
         self._recorder = Recorder.for_net(model, needs_of(names)).__enter__()
+
+    def _leave(self) -> None:
+        if self._recorder is not None:
+            self._recorder.__exit__(None, None, None)
+            self._recorder = None
 
     def _prune(self, model, optimizer, record, step: int) -> None:
         placement = placement_of(model)

@@ -23,7 +23,8 @@ from prunepeft.training import n_steps
 
 logger = logging.getLogger(__name__)
 
-SUPERNET_OVER_BUDGET = 2  # the default space is sized to cost this many budgets
+# Sizes double, so the default space costs 1.4 to 2.8 budgets (unless size 1 or 64 ends the choice).
+SUPERNET_OVER_BUDGET = 2.83
 BASELINE_ROLES = {"lora": (("q", "v"),), "lora-all": LORA_ALL_ROLES}
 
 
@@ -190,6 +191,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             },
         },
         "search": search,
+        "warnings": _warnings(plan),
         "train": {"steps": train_steps, "epochs": config.train.epochs},
         "memory_bytes": _memory(plan, supernet),
         "disk_bytes": _disk(plan, supernet),
@@ -198,6 +200,16 @@ def describe(plan: Plan) -> dict[str, Any]:
     existing = next(p for p in (output, *output.parents) if p.exists())
     info["disk_free_bytes"] = disk_free(existing)
     return info
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """What may surprise; nothing that stops the run."""
+    if plan.given is not None or cost(plan.space.full(), plan.budget.unit) > plan.limit:
+        return []
+    return [
+        "All candidates fit the budget, so nothing is searched; give larger sizes, more kinds or a "
+        "smaller budget to have a choice."
+    ]
 
 
 def problem_of(plan: Plan, evaluator: Any, on_event: Any) -> Problem:
@@ -224,7 +236,7 @@ def _space(
         return paper_space(sites)
     target = None
     if budget is not None and budget.unit == "parameters":
-        target = SUPERNET_OVER_BUDGET * limit
+        target = int(SUPERNET_OVER_BUDGET * limit)
     return make_space(
         sites,
         tuple(config.kinds),

@@ -166,7 +166,7 @@ def test_the_adapter_gives_the_same_metric_in_plain_peft(world: World, whole: Re
     batch = tokenizer(list(rows["text"]), padding=True, return_tensors="pt")
     with torch.no_grad():
         found = net(**batch).logits.argmax(-1)
-    labels = torch.tensor([plan.splits.labels.index(label) for label in rows["label"]])
+    labels = torch.tensor(list(rows["label"]))
     accuracy = (found == labels).float().mean().item()
     assert accuracy == pytest.approx(whole.metric, abs=1e-4)
     assert run.evaluate(whole.path)["metrics"]["accuracy"] == pytest.approx(whole.metric, abs=1e-6)

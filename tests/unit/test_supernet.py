@@ -37,7 +37,8 @@ KINDS = ("lora", "serial_adapter", "parallel_adapter")
 
 
 def make_placement(kinds: tuple[str, ...] = KINDS) -> Placement:
-    return make_space(find_sites(TINY["bert"]()), kinds, sizes=dict.fromkeys(kinds, 4)).full()
+    sites, sizes = find_sites(TINY["bert"]()), dict.fromkeys(kinds, 4)
+    return make_space(sites, kinds, sizes=sizes, options={"lora": {"alpha": 12.0}}).full()
 
 
 def make_net(seed: int = 0, *, head: bool = True) -> PeftModel:
@@ -181,7 +182,7 @@ def test_cutting_twice_keeps_the_scaling():
     assert_close(output(net), output(once), rtol=0, atol=0)
     (layer, kind), *_ = slot_layers(net)[slot_id]
     slot = next(s for s in placement_of(net) if s.id == slot_id)
-    assert layer.branches["default"][kind].scaling == 32.0 / 4  # of the largest rank
+    assert layer.branches["default"][kind].scaling == 12.0 / 4  # the largest rank
     assert slot.sizes == (4,)
 
 

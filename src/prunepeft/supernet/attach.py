@@ -75,10 +75,11 @@ def detach(net: PeftModel) -> nn.Module:
 
 def placement_of(net: PeftModel, adapter: str = ADAPTER) -> Placement:
     """The placement as it stands after all removals and cuts."""
-    config = net.peft_config.get(adapter)
+    adapters = getattr(net, "peft_config", {})  # a plain model has none
+    config = adapters.get(adapter)
     if not isinstance(config, UnionConfig):
         raise StateError(
-            f"adapter {adapter!r} is not a prunepeft union (found {sorted(net.peft_config)}); make "
+            f"adapter {adapter!r} is not a prunepeft union (found {sorted(adapters)}); make "
             "the model with prunepeft.attach or get_peft_model(model, UnionConfig(...))."
         )
     return config.get_placement()

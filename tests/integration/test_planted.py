@@ -1,0 +1,138 @@
+"""Planted redundancy: where half of the modules cannot matter, pruning takes those and no others.
+
+Sub-layers of a small classifier are cut off (attention answers zero, a feed-forward hands on its
+input), so modules on them get no gradient and never change the model.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+from prunepeft.budget import Fidelity
+from prunepeft.candidates import make_space
+from prunepeft.config import TrainSettings
+from prunepeft.progress import SilentProgress
+from prunepeft.sites import find_sites
+from prunepeft.space import SearchSpace
+from prunepeft.state import Journal
+from prunepeft.strategies import HybridPruning, Problem, SearchResult
+from prunepeft.tasks.base import Collator
+from prunepeft.trainer_evaluator import Target, TrainerEvaluator
+from prunepeft.training import Phases
+from tests.tiny_models import TINY
+
+LAYERS, SEEDS = 4, (0, 1, 2)
+
+
+def make_rows(seed: int, n: int = 96) -> Dataset:
+    """Of two words, which one comes; the rest is noise."""
+    draw = random.Random(seed)
+    labels = [draw.randrange(2) for _ in range(n)]
+    ids = [[1, 10 + label, *(draw.randrange(20, 60) for _ in range(4))] for label in labels]
+    columns = {"input_ids": ids, "labels": labels, "length": [6] * n}
+    return Dataset.from_dict(columns | {"attention_mask": [[1] * 6] * n})
+
+
+def cut_off(model: nn.Module, block: str, layer: int) -> None:
+    """Make a sub-layer ignore everything on it."""
+    parts = model.bert.encoder.layer[layer]
+    if block == "attention":
+        parts.attention.self.register_forward_hook(
+            lambda module, args, out: (torch.zeros_like(out[0]), *out[1:])
+        )
+    else:
+        parts.output.register_forward_hook(lambda module, args, out: args[1])
+
+
+def make_world(seed: int, folder: Path) -> tuple[TrainerEvaluator, SearchSpace, set[str]]:
+    """A classifier with half of its sub-layers cut off, and the slots that are redundant."""
+    model = TINY["bert"](n_labels=2, num_hidden_layers=LAYERS, seed=seed)
+    space = make_space(find_sites(model), sizes={"lora": 4, "serial_adapter": 4})
+    draw = random.Random(seed)
+    layers = {b: draw.sample(range(LAYERS), LAYERS // 2) for b in ("attention", "ffn")}
+    for block, chosen in layers.items():
+        for layer in chosen:
+            cut_off(model, block, layer)
+    dead = {s.id for s in space if s.layer in layers[s.sites[0].block]}
+    assert len(space) == 2 * len(dead)
+    rows = make_rows(seed)
+    phases = Phases(
+        train=rows,
+        validation=rows,
+        collator=Collator(0),
+        compute=lambda found, labels: {"accuracy": float((found.argmax(-1) == labels).mean())},
+        preprocess_logits=None,
+        settings=TrainSettings(epochs=3, lr=1e-2, batch_size=12),
+        device="cpu",
+        bf16=False,
+        progress=SilentProgress(),
+    )
+    target = Target("accuracy", True, ["classifier"], "SEQ_CLS", True, 1e-2, {"seed": seed})
+    journal = Journal(folder / "trials")
+    return TrainerEvaluator(model, phases, target, journal, folder / "state"), space, dead
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def world(request, tmp_path_factory) -> tuple[int, TrainerEvaluator, SearchSpace, set[str]]:
+    return request.param, *make_world(request.param, tmp_path_factory.mktemp("planted"))
+
+
+def prune(
+    world: tuple[int, TrainerEvaluator, SearchSpace, set[str]], **settings: Any
+) -> SearchResult:
+    """Half of the modules may stay."""
+    seed, evaluator, space, _ = world
+    given = {"rounds": 2, "warmup_rows": 24, "warmup_epochs": 2, "warmup_turns": 2} | settings
+    problem = Problem(space, len(space) // 2, "modules", evaluator, 96, Fidelity(), seed)
+    return HybridPruning(**given).search(problem)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"warmup": False},
+        {"reinit": "keep", "warmup": False},
+        {"mode": "no_partitions"},
+        {"paper_exact": True, "mode": "no_partitions"},
+    ],
+    ids=str,
+)
+def test_hybrid_pruning_removes_the_redundant_half(world, settings):
+    result = prune(world, **settings)
+    removed = [set(r["removed"]) for r in result.history["rounds"]]
+    assert set.union(*removed) == world[-1]
+    assert len(removed[0]) == len(removed[1])
+
+
+@pytest.mark.parametrize(
+    "criterion", ["snip", "gradient", "activation", "snip_mean", "gradient_mean"]
+)
+def test_gradient_and_activation_criteria_remove_the_redundant_half(world, criterion):
+    result = prune(world, mode=f"single:{criterion}")
+    assert not set(result.placement.ids) & world[-1]
+    first = result.history["rounds"][0]["saliency"][criterion]
+    assert max(first[i] for i in world[-1]) < min(v for i, v in first.items() if i not in world[-1])
+
+
+def test_random_pruning_removes_useful_modules(world):
+    seed, evaluator, space, dead = world
+    kept = []
+    for extra in range(5):
+        problem = Problem(space, len(dead), "modules", evaluator, 96, Fidelity(), 10 * seed + extra)
+        kept.append(set(HybridPruning(mode="random").search(problem).placement.ids))
+    assert all(found & dead for found in kept)
+
+
+def test_what_hybrid_pruning_keeps_learns_and_the_redundant_half_does_not(world):
+    seed, evaluator, space, dead = world
+    full = space.full()
+    useful = evaluator.train(full.without(dead), name="useful", seed=seed)
+    useless = evaluator.train(full.without(set(full.ids) - dead), name="useless", seed=seed)
+    assert useful.n_params == useless.n_params
+    assert useful.curve[-1]["train_loss"] < useless.curve[-1]["train_loss"]
