@@ -164,7 +164,6 @@ def describe(plan: Plan) -> dict[str, Any]:
     placement = plan.given or plan.space.full()
     supernet = count_params(placement)
     train_steps = n_steps(len(splits.train), config.train.batch_size) * config.train.epochs
-    search = _search_cost(plan)
     by_kind = {k: [s for s in placement if s.kind == k] for k in placement.kinds}
     info = {
         "model": {"name": config.model, "family": plan.family, "n_params": plan.n_base},
@@ -190,7 +189,7 @@ def describe(plan: Plan) -> dict[str, Any]:
                 for k, slots in by_kind.items()
             },
         },
-        "search": search,
+        "search": _search_cost(plan),
         "warnings": _warnings(plan),
         "train": {"steps": train_steps, "epochs": config.train.epochs},
         "memory_bytes": _memory(plan, supernet),

@@ -80,7 +80,7 @@ def test_hybrid_worked_example() -> None:
 def test_hybrid_of_two_criteria() -> None:
     # v_1 = (1, 0), v_2 = (0, 1); softmax(1, 0) = (0.731059, 0.268941);
     # weights sigmoid(3), sigmoid(2): both scores are 0.731059 * 0.952574 + 0.268941 * 0.880797.
-    saliency = {"snip": {"a": 0.0, "b": 9.0}, "zeros": {"a": 1.0, "b": 0.5}}
+    saliency = {"snip": {"a": 0.0, "b": 9.0}, "zeros": {"a": 1.0, "b": 0.0}}
     found = hybrid_probability(saliency, {"a": "p", "b": "p"}, {"p": ["snip", "zeros"]})
     assert found == {"a": 0.5, "b": 0.5}
 

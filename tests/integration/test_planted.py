@@ -27,6 +27,9 @@ from prunepeft.training import Phases
 from tests.tiny_models import TINY
 
 LAYERS, SEEDS = 4, (0, 1, 2)
+TWO_PER_LAYER = {"lora": (("q", "v"),)}  # with the serial adapter
+# The smallest weights are those of the widest layers, whatever the module is good for.
+ALL_BUT_SIZE = ("zeros", "threshold", "activation", "snip", "gradient")
 
 
 def make_rows(seed: int, n: int = 96) -> Dataset:
@@ -49,10 +52,13 @@ def cut_off(model: nn.Module, block: str, layer: int) -> None:
         parts.output.register_forward_hook(lambda module, args, out: args[1])
 
 
-def make_world(seed: int, folder: Path) -> tuple[TrainerEvaluator, SearchSpace, set[str]]:
+def make_world(
+    seed: int, folder: Path, roles: dict[str, Any] | None = None
+) -> tuple[TrainerEvaluator, SearchSpace, set[str]]:
     """A classifier with half of its sub-layers cut off, and the slots that are redundant."""
     model = TINY["bert"](n_labels=2, num_hidden_layers=LAYERS, seed=seed)
-    space = make_space(find_sites(model), sizes={"lora": 4, "serial_adapter": 4})
+    sizes = {"lora": 4, "serial_adapter": 4}
+    space = make_space(find_sites(model), sizes=sizes, roles=roles)
     draw = random.Random(seed)
     layers = {b: draw.sample(range(LAYERS), LAYERS // 2) for b in ("attention", "ffn")}
     for block, chosen in layers.items():
@@ -67,7 +73,7 @@ def make_world(seed: int, folder: Path) -> tuple[TrainerEvaluator, SearchSpace, 
         collator=Collator(0),
         compute=lambda found, labels: {"accuracy": float((found.argmax(-1) == labels).mean())},
         preprocess_logits=None,
-        settings=TrainSettings(epochs=3, lr=1e-2, batch_size=12),
+        settings=TrainSettings(epochs=2, lr=1e-2, batch_size=12),
         device="cpu",
         bf16=False,
         progress=SilentProgress(),
@@ -77,14 +83,23 @@ def make_world(seed: int, folder: Path) -> tuple[TrainerEvaluator, SearchSpace, 
     return TrainerEvaluator(model, phases, target, journal, folder / "state"), space, dead
 
 
+World = tuple[int, TrainerEvaluator, SearchSpace, set[str]]
+
+
 @pytest.fixture(scope="module", params=SEEDS)
-def world(request, tmp_path_factory) -> tuple[int, TrainerEvaluator, SearchSpace, set[str]]:
+def world(request, tmp_path_factory) -> World:
+    """Two modules in every layer."""
+    folder = tmp_path_factory.mktemp("planted")
+    return request.param, *make_world(request.param, folder, TWO_PER_LAYER)
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def wide_world(request, tmp_path_factory) -> World:
+    """Every candidate of the default space."""
     return request.param, *make_world(request.param, tmp_path_factory.mktemp("planted"))
 
 
-def prune(
-    world: tuple[int, TrainerEvaluator, SearchSpace, set[str]], **settings: Any
-) -> SearchResult:
+def prune(world: World, **settings: Any) -> SearchResult:
     """Half of the modules may stay."""
     seed, evaluator, space, _ = world
     given = {"rounds": 2, "warmup_rows": 24, "warmup_epochs": 2, "warmup_turns": 2} | settings
@@ -92,41 +107,47 @@ def prune(
     return HybridPruning(**given).search(problem)
 
 
+def n_useful_removed(result: SearchResult, world: World) -> list[int]:
+    """How many useful modules went in each round; as many go as are redundant."""
+    rounds = [set(r["removed"]) for r in result.history["rounds"]]
+    assert sum(len(removed) for removed in rounds) == len(world[-1])
+    return [len(removed - world[-1]) for removed in rounds]
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"warmup": False},
-        {"reinit": "keep", "warmup": False},
-        {"mode": "no_partitions"},
-        {"paper_exact": True, "mode": "no_partitions"},
-    ],
-    ids=str,
+    "settings", [{}, {"warmup": False}, {"reinit": "keep"}, {"mode": "no_partitions"}], ids=str
 )
-def test_hybrid_pruning_removes_the_redundant_half(world, settings):
-    result = prune(world, **settings)
-    removed = [set(r["removed"]) for r in result.history["rounds"]]
-    assert set.union(*removed) == world[-1]
-    assert len(removed[0]) == len(removed[1])
+def test_hybrid_pruning_removes_the_redundant_modules_first(world, settings):
+    wrong = n_useful_removed(prune(world, **settings), world)
+    assert wrong[0] == 0
+    assert wrong[1] <= (0 if settings.get("mode") or settings.get("reinit") else 1)
+
+
+def test_hybrid_pruning_in_the_default_space(wide_world):
+    wrong = n_useful_removed(prune(wide_world, criteria=ALL_BUT_SIZE), wide_world)
+    assert wrong[0] == 0
+    assert wrong[1] <= 1
 
 
 @pytest.mark.parametrize(
     "criterion", ["snip", "gradient", "activation", "snip_mean", "gradient_mean"]
 )
-def test_gradient_and_activation_criteria_remove_the_redundant_half(world, criterion):
-    result = prune(world, mode=f"single:{criterion}")
-    assert not set(result.placement.ids) & world[-1]
+def test_gradient_and_activation_criteria_remove_the_redundant_half(wide_world, criterion):
+    result = prune(wide_world, mode=f"single:{criterion}", rounds=1)
+    dead = wide_world[-1]
+    assert n_useful_removed(result, wide_world) == [0]
     first = result.history["rounds"][0]["saliency"][criterion]
-    assert max(first[i] for i in world[-1]) < min(v for i, v in first.items() if i not in world[-1])
+    assert max(first[i] for i in dead) < min(v for i, v in first.items() if i not in dead)
 
 
-def test_random_pruning_removes_useful_modules(world):
-    seed, evaluator, space, dead = world
-    kept = []
-    for extra in range(5):
+def test_random_pruning_removes_useful_modules(wide_world):
+    seed, evaluator, space, dead = wide_world
+    wrong = []
+    for extra in range(10):
         problem = Problem(space, len(dead), "modules", evaluator, 96, Fidelity(), 10 * seed + extra)
-        kept.append(set(HybridPruning(mode="random").search(problem).placement.ids))
-    assert all(found & dead for found in kept)
+        wrong += n_useful_removed(HybridPruning(mode="random").search(problem), wide_world)
+    assert min(wrong) > 1
+    assert 0.3 < sum(wrong) / (10 * len(dead)) < 0.7
 
 
 def test_what_hybrid_pruning_keeps_learns_and_the_redundant_half_does_not(world):

@@ -92,7 +92,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="session")
 def whole(world: World) -> Result:
     """Everything on: warm-up, baseline, two epochs."""
-    search = {"rounds": 2, "warmup_turns": 2, "warmup_rows": 16, "warmup_epochs": 1}
+    search = {"rounds": 2, "warmup_turns": 1, "warmup_rows": 16, "warmup_epochs": 1}
     train = FAST | {"epochs": 2}
     return world.search("whole", search=search, train=train, baseline="lora")
 
@@ -182,7 +182,7 @@ def test_the_same_call_again_trains_nothing(world: World, whole: Result, monkeyp
 
     monkeypatch.setattr(TrainerEvaluator, "score", fail)
     monkeypatch.setattr(TrainerEvaluator, "train", fail)
-    search = {"rounds": 2, "warmup_turns": 2, "warmup_rows": 16, "warmup_epochs": 1}
+    search = {"rounds": 2, "warmup_turns": 1, "warmup_rows": 16, "warmup_epochs": 1}
     again = world.search("whole", search=search, train=FAST | {"epochs": 2}, baseline="lora")
     assert again.report == whole.report
     with pytest.raises(ConfigError, match="a run with other settings: budget"):
@@ -190,7 +190,7 @@ def test_the_same_call_again_trains_nothing(world: World, whole: Result, monkeyp
 
 
 def test_a_replayed_run_gives_the_same_bytes(world: World, whole: Result) -> None:
-    search = {"rounds": 2, "warmup_turns": 2, "warmup_rows": 16, "warmup_epochs": 1}
+    search = {"rounds": 2, "warmup_turns": 1, "warmup_rows": 16, "warmup_epochs": 1}
     again = world.search("again", search=search, train=FAST | {"epochs": 2})
     for name in ("best/arch.json", "best/strategy.json", "best/adapter/adapter_model.safetensors"):
         assert (again.path / name).read_bytes() == (whole.path / name).read_bytes(), name
@@ -268,7 +268,7 @@ def test_modes(world: World, mode: str) -> None:
 
 def test_a_strategy_is_carried_to_another_run(world: World, whole: Result) -> None:
     path = str(whole.path / "best" / "strategy.json")
-    search = {"rounds": 2, "warmup_turns": 2, "warmup_rows": 16, "warmup_epochs": 1}
+    search = {"rounds": 2, "warmup_turns": 1, "warmup_rows": 16, "warmup_epochs": 1}
     result = world.search("carried", strategy=path, search=search, train=FAST | {"epochs": 2})
     assert result.history["warmup"] is None
     assert result.history["strategy"] == whole.history["strategy"]

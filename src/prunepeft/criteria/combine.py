@@ -38,10 +38,10 @@ def hybrid_probability(
         score(m) = mean over c of softmax(v_c)(m) * sigmoid(3 - r_c(m)) + 1e-10 v_c(m)
         probability(m) = softmax(score)(m)
 
-    v is one minus the saliency, min-max normalised over the units of one scale (0.5 where all are
-    equal); ties share their mean rank. The last term only orders units so far down the ranking that
-    their weight has vanished. Judging all units on one ranking lets a partition lose all
-    its units or none; a softmax inside each partition would take the same share from each.
+    v is one minus the share of the largest saliency on the unit's scale, so units that are all of
+    like worth are all kept; ties share their mean rank. The last term only orders units so far down
+    the ranking that their weight has vanished. Judging all units on one ranking lets a partition
+    lose all its units or none; a softmax inside each would take the same share from each.
 
     Args:
         saliency: Criterion -> unit -> saliency, finite, higher = more worth keeping.
@@ -224,14 +224,14 @@ def _saliencies(
 
 
 def _relative(saliency: list[float], scales: list[str]) -> list[float]:
-    """Values in [0, 1], 1 = the least salient of its scale."""
-    low: dict[str, float] = {}
-    high: dict[str, float] = {}
+    """Values in [0, 1]: 1 for no saliency at all, 0 for the most salient unit of its scale."""
+    low = {g: 0.0 for g in scales}
+    high = {g: 0.0 for g in scales}
     for value, scale in zip(saliency, scales, strict=True):
-        low[scale] = min(low.get(scale, value), value)
-        high[scale] = max(high.get(scale, value), value)
+        low[scale] = min(low[scale], value)
+        high[scale] = max(high[scale], value)
     return [
-        1 - (s - low[g]) / (high[g] - low[g]) if high[g] > low[g] else 0.5
+        1 - (s - low[g]) / (high[g] - low[g]) if high[g] > low[g] else 1.0
         for s, g in zip(saliency, scales, strict=True)
     ]
 
