@@ -220,7 +220,7 @@ def test_uniform_adapter_is_served_as_it_is(tmp_path):
     adapter, _ = make_adapter(tmp_path, "llama", placement)
     export_adapter(adapter, tmp_path / "peft", "peft")
     config = read_json(tmp_path / "peft" / "adapter_config.json")
-    assert (config["r"], config["lora_alpha"]) == (8, 32)
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
     assert not config["rank_pattern"]
     table = read_json(tmp_path / "peft" / "serving.json")
     assert all(row["status"] != "no" for row in table.values())
