@@ -1,7 +1,6 @@
 """What a run would do, found out without reading weights: data, sites, candidates, budget, cost."""
 
 import logging
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from prunepeft.candidates import LORA_ALL_ROLES, make_lora_baseline, make_space,
 from prunepeft.config import RunConfig
 from prunepeft.data import Splits, load_data
 from prunepeft.errors import BudgetError, ConfigError
+from prunepeft.estimates import estimate_disk, estimate_memory
 from prunepeft.kinds import cost, count_params
 from prunepeft.metrics import check_metric
 from prunepeft.sites import count_base_params, find_sites
@@ -192,8 +192,8 @@ def describe(plan: Plan) -> dict[str, Any]:
         "search": _search_cost(plan),
         "warnings": _warnings(plan),
         "train": {"steps": train_steps, "epochs": config.train.epochs},
-        "memory_bytes": _memory(plan, supernet),
-        "disk_bytes": _disk(plan, supernet),
+        "memory_bytes": estimate_memory(plan.config, plan.sites, plan.n_base, supernet),
+        "disk_bytes": estimate_disk(plan.config, plan.limit, supernet),
     }
     output = Path(config.output or ".").absolute()
     existing = next(p for p in (output, *output.parents) if p.exists())
@@ -232,7 +232,7 @@ def _space(
     config: RunConfig, sites: tuple[Site, ...], budget: Budget | None, limit: int
 ) -> SearchSpace:
     if config.space == "paper":
-        return paper_space(sites)
+        return _paper_space(config, sites)
     target = None
     if budget is not None and budget.unit == "parameters":
         target = int(SUPERNET_OVER_BUDGET * limit)
@@ -244,6 +244,19 @@ def _space(
         roles=config.roles or None,
         target_params=target,
     )
+
+
+def _paper_space(config: RunConfig, sites: tuple[Site, ...]) -> SearchSpace:
+    """The paper's space, of the kinds asked for; its sizes, options and roles are fixed."""
+    given = [name for name in ("sizes", "options", "roles") if getattr(config, name)]
+    slots = tuple(s for s in paper_space(sites) if s.kind in config.kinds)
+    if given or not slots:
+        raise ConfigError(
+            f"space=paper holds lora and serial_adapter at fixed sizes; got kinds "
+            f"{', '.join(config.kinds)}" + (f" and {', '.join(given)}" if given else "") + ". Use "
+            "space=default for a choice of your own."
+        )
+    return SearchSpace(slots)
 
 
 def _check_budget(plan: Plan) -> None:
@@ -274,23 +287,3 @@ def _search_cost(plan: Plan) -> dict[str, Any]:
         seen += most * search.warmup_epochs * few
     whole = n * plan.config.train.epochs
     return {"runs": runs, "steps": steps, "rows_per_training_row": round(seen / whole, 3)}
-
-
-def _memory(plan: Plan, supernet: int) -> int:
-    """Rough peak of training: weights, modules with Adam (16 bytes each) and activations."""
-    width = 2 if plan.config.precision == "bf16" else 4
-    hidden = max(s.d_out for s in plan.sites if s.role in ("o", "down", "other"))
-    wide = sum(s.d_out for s in plan.sites)
-    length = plan.config.train.max_length or 128
-    rows = math.ceil(plan.config.train.batch_size / plan.config.train.gradient_accumulation)
-    per_token = (2 * wide + 8 * hidden * len({(s.stack, s.layer) for s in plan.sites})) * width
-    if plan.config.train.gradient_checkpointing:
-        per_token //= max(1, len({(s.stack, s.layer) for s in plan.sites}))
-    return plan.n_base * width + supernet * 16 + rows * length * per_token
-
-
-def _disk(plan: Plan, supernet: int) -> int:
-    """Rough size of the run folder: training state, kept weights, adapter and an export."""
-    kept = supernet if plan.given or not plan.limit else min(plan.limit, supernet)
-    rounds = plan.config.search.rounds if plan.config.search.reinit == "keep" else 0
-    return 4 * (kept * 8 + supernet * rounds) + 5_000_000

@@ -224,6 +224,13 @@ def test_a_given_strategy_replaces_the_warm_up():
     assert again.placement == first.placement  # same seeds, same rounds
 
 
+def test_a_strategy_of_other_partitions_is_refused():
+    space = make_space()
+    strategy = HybridPruning(strategy={"decoder.0.lora": ["snip"]})
+    with pytest.raises(ConfigError, match=r"covers decoder\.0\.lora, but the partitions here"):
+        strategy.search(make_problem(space, half(space)))
+
+
 def test_without_warm_up_the_authors_table_is_used():
     result = HybridPruning(warmup=False).search(make_problem(make_space(24), half(make_space(24))))
     assert result.history["strategy"]["encoder.0.lora"] == ["activation", "threshold"]

@@ -127,6 +127,11 @@ class HybridPruning(Strategy):
         if self.mode == "no_partitions":
             return {"all": list(self.criteria)}
         if self.strategy:
+            if not set(names) & set(self.strategy):
+                raise ConfigError(
+                    f"the given strategy covers {', '.join(self.strategy)}, but the partitions "
+                    f"here are {', '.join(names)}; it comes from another kind of model or space."
+                )
             return {p: list(self.strategy.get(p, self.criteria)) for p in names}
         if not self.warmup:
             return fallback_strategy(partitions)

@@ -1,0 +1,36 @@
+"""Choices of a plan that need no model."""
+
+import pytest
+
+from prunepeft.config import load_config
+from prunepeft.errors import ConfigError
+from prunepeft.plan import _space
+from prunepeft.space import Site
+
+SITES = tuple(
+    Site(f"l.{layer}.{role}", "encoder", layer, 2, block, role, 8, 8, source)
+    for layer in range(2)
+    for block, role, source in (
+        ("attention", "q", ""),
+        ("attention", "v", ""),
+        ("ffn", "down", f"l.{layer}.up"),
+    )
+)
+
+
+def config(*overrides: str):
+    flags = {"model": "m", "data": "d", "budget": "1%", "space": "paper"}
+    return load_config(None, overrides, flags)
+
+
+def test_paper_space_holds_the_kinds_asked_for():
+    both = _space(config(), SITES, None, 0)
+    assert sorted({s.kind for s in both}) == ["lora", "serial_adapter"]
+    lora = _space(config("kinds=lora"), SITES, None, 0)
+    assert [(s.kind, s.sizes) for s in lora] == [("lora", (32,))] * 2
+
+
+@pytest.mark.parametrize("wrong", ["sizes.lora=4", "options.lora.dropout=0.2", "kinds=ia3"])
+def test_paper_space_refuses_what_it_would_ignore(wrong):
+    with pytest.raises(ConfigError, match="space=paper holds lora and serial_adapter"):
+        _space(config(wrong), SITES, None, 0)
