@@ -34,6 +34,7 @@ def render() -> str:
 def _first() -> list[str]:
     suite = yaml.safe_load((HERE / "first" / "suite.yaml").read_text("utf-8"))
     words = {k: ", ".join(f"{v:g}" for v in suite[k]) for k in ("rates", "seeds")}
+    words["rows"] = ", ".join(f"{t['rows']:,} ({name})" for name, t in suite["tasks"].items())
     lines = [(HERE / "first" / "about.md").read_text("utf-8").format(**{**suite, **words})]
     for task, settings in suite["tasks"].items():
         lines += _first_task(task, settings["metric"], suite)

@@ -52,7 +52,7 @@ class Bench:
             "metric": SUITE["tasks"][task]["metric"],
             "precision": SUITE["precision"],
             "seed": seed,
-            "train.max_rows": SUITE["rows"],
+            "train.max_rows": SUITE["tasks"][task]["rows"],
             "train.epochs": SUITE["epochs"],
             "train.batch_size": SUITE["batch_size"],
         }
@@ -126,10 +126,11 @@ def main() -> None:
 
 def make_experiments(args: argparse.Namespace, results: Results) -> list[Experiment]:
     """Tuning first, then the methods, task by task."""
-    common = {k: v for k, v in SUITE.items() if k not in ("tasks", "methods", "seeds")}
+    shared = {k: v for k, v in SUITE.items() if k not in ("tasks", "methods", "seeds")}
     experiments = []
     get_bench = functools.lru_cache(maxsize=2)(lambda task, seed: Bench(args, task, seed))
-    for task in SUITE["tasks"]:
+    for task, settings in SUITE["tasks"].items():
+        common = shared | settings
         tuning = []
         for method in ("lora_qv", "lora_all"):
             for rate in SUITE["rates"]:

@@ -125,7 +125,7 @@ class Engine:
         return Target(
             metric=plan.metric,
             greater_is_better=METRICS.get(plan.metric).greater_is_better,
-            head=plan.head,
+            head=list(plan.head),
             task_type=plan.task.peft_task_type,
             stratify=plan.splits.labels is not None,
             search_lr=config.search.lr or config.train.lr,

@@ -1,14 +1,98 @@
-"""Rough sizes that `check` tells before anything is loaded."""
+"""What a planned run would do and cost, told by `check` before weights are read."""
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from prunepeft.config import RunConfig
+from prunepeft.data import Splits
+from prunepeft.kinds import cost, count_params
+from prunepeft.plan import Plan
 from prunepeft.space import Site
+from prunepeft.state import disk_free
+from prunepeft.training import n_steps
 
 
-def estimate_memory(config: RunConfig, sites: Sequence[Site], n_base: int, supernet: int) -> int:
-    """Peak bytes of training: weights, modules with Adam (16 bytes each) and activations."""
+def describe(plan: Plan) -> dict[str, Any]:
+    """What would run and what it would cost, as plain data."""
+    config, splits = plan.config, plan.splits
+    placement = plan.given or plan.space.full()
+    supernet = count_params(placement)
+    trained = supernet + sum(plan.head.values())
+    train_steps = n_steps(len(splits.train), config.train.batch_size) * config.train.epochs
+    by_kind = {k: [s for s in placement if s.kind == k] for k in placement.kinds}
+    info = {
+        "model": {"name": config.model, "family": plan.family, "n_params": plan.n_base},
+        "task": {"name": plan.task.name, "metric": plan.metric},
+        "data": _data(splits),
+        "head": plan.head,
+        "budget": {
+            "text": str(plan.budget) if plan.budget else None,
+            "unit": plan.budget.unit if plan.budget else None,
+            "limit": plan.limit,
+        },
+        "candidates": {
+            "modules": len(placement),
+            "n_params": supernet,
+            "kinds": {
+                k: {"modules": len(slots), "sizes": sorted({n for s in slots for n in s.sizes})}
+                for k, slots in by_kind.items()
+            },
+        },
+        "search": _search_cost(plan),
+        "warnings": _warnings(plan),
+        "train": {"steps": train_steps, "epochs": config.train.epochs},
+        "memory_bytes": estimate_memory(config, plan.sites, plan.n_base, trained),
+        "disk_bytes": estimate_disk(config, plan.limit, supernet, sum(plan.head.values())),
+    }
+    output = Path(config.output or ".").absolute()
+    existing = next(p for p in (output, *output.parents) if p.exists())
+    info["disk_free_bytes"] = disk_free(existing)
+    return info
+
+
+def _data(splits: Splits) -> dict[str, Any]:
+    return {
+        "source": splits.source,
+        "train": len(splits.train),
+        "validation": len(splits.validation),
+        "columns": splits.columns,
+        "labels": list(splits.labels) if splits.labels else None,
+        "notes": list(splits.notes),
+    }
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """What may surprise; nothing that stops the run."""
+    if plan.given is not None or cost(plan.space.full(), plan.budget.unit) > plan.limit:
+        return []
+    return [
+        "All candidates fit the budget, so nothing is searched; give larger sizes, more kinds or a "
+        "smaller budget to have a choice."
+    ]
+
+
+def _search_cost(plan: Plan) -> dict[str, Any]:
+    """Upper bounds: how many runs, steps and rows the search takes."""
+    search, batch, n = plan.config.search, plan.config.train.batch_size, len(plan.splits.train)
+    if plan.given is not None or search.mode in ("none", "random"):
+        return {"runs": 0, "steps": 0, "rows_per_training_row": 0.0}
+    rows = max(1, round(search.fidelity * n))
+    runs, steps = search.rounds, search.rounds * search.epochs * n_steps(rows, batch)
+    seen = search.rounds * search.epochs * rows
+    if search.warmup and search.mode == "hybrid" and not plan.config.strategy:
+        most = 1 + (search.warmup_turns - 1) * len(search.criteria)
+        few = min(search.warmup_rows, n)
+        runs += most
+        steps += most * search.warmup_epochs * n_steps(few, batch)
+        seen += most * search.warmup_epochs * few
+    whole = n * plan.config.train.epochs
+    return {"runs": runs, "steps": steps, "rows_per_training_row": round(seen / whole, 3)}
+
+
+def estimate_memory(config: RunConfig, sites: Sequence[Site], n_base: int, trained: int) -> int:
+    """Peak bytes of training: weights, what is trained with Adam (16 bytes each), activations."""
     width = 2 if config.precision == "bf16" else 4
     layers = len({(s.stack, s.layer) for s in sites})
     hidden = max((s.d_out for s in sites if s.role in ("o", "down", "other")), default=0)
@@ -18,17 +102,18 @@ def estimate_memory(config: RunConfig, sites: Sequence[Site], n_base: int, super
     per_token = (2 * wide + 8 * hidden * layers) * width
     if config.train.gradient_checkpointing:
         per_token //= max(1, layers)
-    return n_base * width + supernet * 16 + rows * length * per_token
+    return n_base * width + trained * 16 + rows * length * per_token
 
 
-def estimate_disk(config: RunConfig, limit: int, supernet: int) -> int:
+def estimate_disk(config: RunConfig, limit: int, supernet: int, head: int) -> int:
     """Bytes of the run folder: training state, kept weights, adapter and an export.
 
     Args:
         config: The settings.
         limit: The budget in parameters; 0 without one.
         supernet: Trainable parameters of all candidates.
+        head: Parameters of the task head.
     """
     kept = supernet if config.arch or not limit else min(limit, supernet)
     rounds = config.search.rounds if config.search.reinit == "keep" else 0
-    return 4 * (kept * 8 + supernet * rounds) + 5_000_000
+    return 4 * ((kept + head) * 8 + (supernet + head) * rounds) + 5_000_000

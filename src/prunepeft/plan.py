@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from prunepeft.budget import Budget
 from prunepeft.candidates import LORA_ALL_ROLES, make_lora_baseline, make_space, paper_space
 from prunepeft.config import RunConfig
 from prunepeft.data import Splits, load_data
 from prunepeft.errors import BudgetError, ConfigError
-from prunepeft.estimates import estimate_disk, estimate_memory
-from prunepeft.kinds import cost, count_params
+from prunepeft.kinds import cost
 from prunepeft.metrics import check_metric
 from prunepeft.sites import count_base_params, find_sites
 from prunepeft.space import Placement, SearchSpace, Site
-from prunepeft.state import disk_free, read_json
+from prunepeft.state import read_json
 from prunepeft.strategies import METHODS, Problem, Strategy
 from prunepeft.tasks import TASKS, Task
-from prunepeft.training import n_steps
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Plan:
         given: The architecture that was given instead of a search.
         budget: The budget; None when only an architecture was given.
         limit: The budget as a whole number.
-        head: Names of the modules trained in full.
+        head: Modules trained in full, and how many parameters they have.
     """
 
     config: RunConfig
@@ -58,7 +58,7 @@ class Plan:
     given: Placement | None
     budget: Budget | None
     limit: int
-    head: list[str]
+    head: dict[str, int]
 
     @property
     def strategy(self) -> Strategy:
@@ -113,10 +113,14 @@ def make_plan(config: RunConfig) -> Plan:
         given=given,
         budget=budget,
         limit=limit,
-        head=task.head_modules(model),
+        head={name: _size(model.get_submodule(name)) for name in task.head_modules(model)},
     )
     _check_budget(plan)
     return plan
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def make_strategy(config: RunConfig) -> Strategy:
@@ -156,59 +160,6 @@ def check_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
-
-
-def describe(plan: Plan) -> dict[str, Any]:
-    """What would run and what it would cost, as plain data."""
-    config, splits = plan.config, plan.splits
-    placement = plan.given or plan.space.full()
-    supernet = count_params(placement)
-    train_steps = n_steps(len(splits.train), config.train.batch_size) * config.train.epochs
-    by_kind = {k: [s for s in placement if s.kind == k] for k in placement.kinds}
-    info = {
-        "model": {"name": config.model, "family": plan.family, "n_params": plan.n_base},
-        "task": {"name": plan.task.name, "metric": plan.metric},
-        "data": {
-            "source": splits.source,
-            "train": len(splits.train),
-            "validation": len(splits.validation),
-            "columns": splits.columns,
-            "labels": list(splits.labels) if splits.labels else None,
-            "notes": list(splits.notes),
-        },
-        "budget": {
-            "text": str(plan.budget) if plan.budget else None,
-            "unit": plan.budget.unit if plan.budget else None,
-            "limit": plan.limit,
-        },
-        "candidates": {
-            "modules": len(placement),
-            "n_params": supernet,
-            "kinds": {
-                k: {"modules": len(slots), "sizes": sorted({n for s in slots for n in s.sizes})}
-                for k, slots in by_kind.items()
-            },
-        },
-        "search": _search_cost(plan),
-        "warnings": _warnings(plan),
-        "train": {"steps": train_steps, "epochs": config.train.epochs},
-        "memory_bytes": estimate_memory(plan.config, plan.sites, plan.n_base, supernet),
-        "disk_bytes": estimate_disk(plan.config, plan.limit, supernet),
-    }
-    output = Path(config.output or ".").absolute()
-    existing = next(p for p in (output, *output.parents) if p.exists())
-    info["disk_free_bytes"] = disk_free(existing)
-    return info
-
-
-def _warnings(plan: Plan) -> list[str]:
-    """What may surprise; nothing that stops the run."""
-    if plan.given is not None or cost(plan.space.full(), plan.budget.unit) > plan.limit:
-        return []
-    return [
-        "All candidates fit the budget, so nothing is searched; give larger sizes, more kinds or a "
-        "smaller budget to have a choice."
-    ]
 
 
 def problem_of(plan: Plan, evaluator: Any, on_event: Any) -> Problem:
@@ -269,21 +220,3 @@ def _check_budget(plan: Plan) -> None:
         return
     problem_of(plan, None, None).check()
     plan.baseline()
-
-
-def _search_cost(plan: Plan) -> dict[str, Any]:
-    """Upper bounds: how many runs, steps and rows the search takes."""
-    search, batch, n = plan.config.search, plan.config.train.batch_size, len(plan.splits.train)
-    if plan.given is not None or search.mode in ("none", "random"):
-        return {"runs": 0, "steps": 0, "rows_per_training_row": 0.0}
-    rows = max(1, round(search.fidelity * n))
-    runs, steps, seen = search.rounds, search.rounds * search.epochs * n_steps(rows, batch), 0.0
-    seen = search.rounds * search.epochs * rows
-    if search.warmup and search.mode == "hybrid" and not plan.config.strategy:
-        most = 1 + (search.warmup_turns - 1) * len(search.criteria)
-        few = min(search.warmup_rows, n)
-        runs += most
-        steps += most * search.warmup_epochs * n_steps(few, batch)
-        seen += most * search.warmup_epochs * few
-    whole = n * plan.config.train.epochs
-    return {"runs": runs, "steps": steps, "rows_per_training_row": round(seen / whole, 3)}

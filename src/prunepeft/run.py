@@ -12,9 +12,10 @@ from prunepeft.config import RunConfig, load_config
 from prunepeft.data import load_rows
 from prunepeft.engine import Engine
 from prunepeft.errors import CheckpointError, ConfigError
+from prunepeft.estimates import describe
 from prunepeft.evaluate import Outcome
 from prunepeft.kinds import count_params
-from prunepeft.plan import Plan, check_device, describe, make_plan, problem_of
+from prunepeft.plan import Plan, check_device, make_plan, problem_of
 from prunepeft.processes import join, on_main
 from prunepeft.progress import Progress, SilentProgress
 from prunepeft.report import write_report

@@ -141,7 +141,9 @@ def test_the_budget_is_kept_and_filled(whole: Result) -> None:
     (baseline,) = whole.report["baselines"]
     assert baseline["name"] == "lora q+v"
     assert baseline["n_params"] <= 1200
-    assert whole.report["head_params"] == 16 * 2 + 2
+    assert whole.report["head_params"] == (16 * 16 + 16) + (
+        16 * 2 + 2
+    )  # the pooler and the classifier
 
 
 def test_the_history_is_the_evidence_of_the_search(whole: Result) -> None:

@@ -23,7 +23,8 @@ LAYERS = (
     ("train_state", "phase_trainer", "training", "resumable", "trainer_evaluator"),
     ("backends", "callback"),
     ("strategies",),
-    ("report", "plan", "estimates"),
+    ("report", "plan"),
+    ("estimates",),
     ("engine", "result", "run"),
     ("cli", "testing", "_plugin", "__main__", "__init__"),
 )

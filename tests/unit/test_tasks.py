@@ -48,7 +48,7 @@ def test_the_names_are_those_that_data_guesses():
 @pytest.mark.parametrize(
     ("family", "head"),
     [
-        ("bert", ["classifier"]),
+        ("bert", ["bert.pooler", "classifier"]),
         ("roberta", ["classifier"]),
         ("deberta_v2", ["pooler", "classifier"]),
         ("distilbert", ["pre_classifier", "classifier"]),

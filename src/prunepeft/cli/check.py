@@ -32,7 +32,7 @@ def check(config: "RunConfig", switches: Switches, output: Output) -> None:
 def print_plan(plan: Mapping[str, Any], output: Output) -> None:
     """Print what would run."""
     if not output.document(plan):
-        output.mapping("", {key: _readable(key, value) for key, value in plan.items()})
+        output.mapping("", {k: _readable(k, value) for k, value in plan.items() if value != []})
         output.line("Nothing was trained. `prunepeft search` with the same arguments starts it.")
 
 

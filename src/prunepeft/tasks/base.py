@@ -113,7 +113,7 @@ class Task(ABC):
 
     @abstractmethod
     def head_modules(self, model: PreTrainedModel) -> list[str]:
-        """Names of the modules that are fresh and must be trained in full beside the adapter."""
+        """Names of the modules that must be trained in full beside the adapter."""
 
     @abstractmethod
     def preprocess_logits(self, logits: Any, labels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -86,12 +86,17 @@ class SequenceClassification(Task):
         )
 
     def head_modules(self, model: PreTrainedModel) -> list[str]:
-        """Modules with weights beside the base model: the classifier and what leads to it."""
-        return [
-            name
-            for name, module in model.named_children()
-            if name != model.base_model_prefix and any(True for _ in module.parameters())
-        ]
+        """Modules between the encoder and the logits: the classifier, and the pooler it reads.
+
+        A pooler inside the base model (BERT, ALBERT) belongs to the head: pretraining hardly
+        touches it, or the checkpoint lacks it, and frozen it would starve the classifier. RoBERTa
+        keeps the same layer in its classifier.
+        """
+        base = model.base_model_prefix
+        beside = {name: module for name, module in model.named_children() if name != base}
+        pooler = getattr(getattr(model, base, None), "pooler", None)
+        inside = {f"{base}.pooler": pooler} if isinstance(pooler, nn.Module) else {}
+        return [name for name, module in (inside | beside).items() if _has_weights(module)]
 
     def preprocess_logits(self, logits: Any, labels: Tensor) -> Tensor:
         """The logits alone, (B, C), without hidden states some models add."""
@@ -100,6 +105,10 @@ class SequenceClassification(Task):
     def compute(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy, macro F1, Matthews correlation, and F1 for two classes."""
         return classification_metrics(np.asarray(predictions), np.asarray(labels))
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _separates(tokenizer: PreTrainedTokenizerBase) -> bool:
