@@ -154,10 +154,10 @@ def _slots(
     options: Mapping[str, Any],
 ) -> list[Slot]:
     """One slot for every block and role group that has sites in it."""
-    cls = type(make_kind(kind, options))
-    groups = [tuple(group) for group in (cls.roles if roles is None else roles)]
+    made = make_kind(kind, options)
+    groups = [tuple(group) for group in (made.roles if roles is None else roles)]
     _check_roles(groups, sites, kind)
-    usable = [s for s in sites if s.source or not cls.needs_source]
+    usable = [s for s in sites if made.fits(s)]
     blocks: dict[tuple[str, int, str], list[Site]] = {}
     for site in usable:
         blocks.setdefault((site.stack, site.layer, site.block), []).append(site)

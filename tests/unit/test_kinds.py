@@ -40,7 +40,7 @@ def test_serial_adapter_by_hand() -> None:
     kind = make_kind("serial_adapter", {"scale": 2.0})
     x = torch.full((2, 3), torch.nan)  # must not be read
     found = kind.delta(bottleneck_params(), x, HIDDEN, kind.scaling(1), PlainHost(torch.ones(2, 3)))
-    assert kind.stage(SITE) == "output"
+    assert kind.stages(SITE) == ("output",)
     assert_close(found, RELU)
 
 
@@ -48,7 +48,7 @@ def test_parallel_adapter_by_hand() -> None:
     kind = make_kind("parallel_adapter", {"scale": 2.0})
     x, y = torch.full((2, 3), torch.nan), torch.full((2, 2), torch.nan)  # must not be read
     host = PlainHost(torch.ones(2, 3), HIDDEN)
-    assert kind.stage(SITE) == "add"
+    assert kind.stages(SITE) == ("add",)
     assert_close(kind.delta(bottleneck_params(), x, y, kind.scaling(1), host), RELU)
 
 
@@ -73,7 +73,7 @@ def test_ia3_by_hand() -> None:
     weight, bias = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 1.0])
     params = {"l": torch.tensor([2.0, 0.5])}
     y = torch.tensor([3.0, 1.0])
-    assert (kind.stage(SITE), kind.stage(INNER)) == ("input", "scale")
+    assert (kind.stages(SITE), kind.stages(INNER)) == (("input",), ("scale",))
     assert_close(kind.delta(params, y, y, 1.0, PlainHost(weight)), torch.tensor([3.0, -0.5]))
     after = kind.merged(weight, bias, params, 1.0, "scale")
     assert_close(after, (torch.tensor([[2.0, 4.0], [1.5, 2.0]]), torch.tensor([2.0, 0.5])))
@@ -221,7 +221,7 @@ def test_wrong_options(kind: str, options: dict, error: type[PrunePeftError], me
 
 def test_parallel_adapter_needs_a_source() -> None:
     with pytest.raises(SiteError, match=r"layer\.0\.q has role 'q'"):
-        make_kind("parallel_adapter").stage(INNER)
+        make_kind("parallel_adapter").stages(INNER)
 
 
 @pytest.mark.parametrize("kind", ["serial_adapter", "parallel_adapter"])

@@ -187,7 +187,7 @@ def fallback_strategy(partitions: Mapping[str, str]) -> dict[str, list[str]]:
                 f"partition {partition!r} is not of the form stack.depth.kind with depth 0 to 3; "
                 "give a strategy for it or run the warm-up."
             )
-        row = "parallel" if make_kind(kind).stage(_TYPICAL_SITE) == "add" else "serial"
+        row = "parallel" if "add" in make_kind(kind).stages(_TYPICAL_SITE) else "serial"
         result[partition] = list(FALLBACK_STRATEGY[row][int(depth)])
     return result
 

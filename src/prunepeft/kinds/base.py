@@ -3,6 +3,7 @@
 Every kind is a residual change at one site (a linear layer): it returns what to ADD.
 
     stage "input"   x  <- x + delta(x)          before the frozen layer
+    stage "product" Wx <- Wx + delta(Wx)        after its weight, before its bias (ETHER, SSB)
     stage "add"     y  <- y + delta(x, y)       beside it (LoRA, DoRA, parallel adapter)
     stage "scale"   y  <- y + delta(y)          elementwise after it (IA3)
     stage "output"  y  <- y + delta(y)          after it (serial adapter)
@@ -24,7 +25,7 @@ from prunepeft.errors import ConfigError, UnknownNameError
 from prunepeft.registry import Registry, unknown_name
 from prunepeft.space import Placement, Site, Slot
 
-STAGES = ("input", "add", "scale", "output")
+STAGES = ("input", "product", "add", "scale", "output")
 Params = Mapping[str, Tensor]
 
 
@@ -65,8 +66,12 @@ class Kind(ABC):
     formula: ClassVar[str] = ""
 
     @abstractmethod
-    def stage(self, site: Site) -> str:
-        """Where in the layer the module acts at this site; one of `STAGES`."""
+    def stages(self, site: Site) -> tuple[str, ...]:
+        """Where in the layer the module acts at this site: one or more of `STAGES`, in order."""
+
+    def fits(self, site: Site) -> bool:
+        """Whether a site can carry this kind."""
+        return bool(site.source) or not self.needs_source
 
     @abstractmethod
     def shapes(self, site: Site, size: int) -> dict[str, tuple[int, ...]]:
@@ -79,15 +84,24 @@ class Kind(ABC):
         """Fresh values in float32 on the CPU."""
 
     @abstractmethod
-    def delta(self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host) -> Tensor:
-        """What to add at this kind's stage.
+    def delta(
+        self,
+        params: Params,
+        x: Tensor,
+        y: Tensor,
+        scaling: float,
+        host: Host,
+        stage: str = "",
+    ) -> Tensor:
+        """What to add at a stage.
 
         Args:
             params: The module's tensors.
             x: Input of the linear layer, (..., d_in).
-            y: Output so far, (..., d_out); equal to x at stage "input".
+            y: What the stage changes: the output so far, (..., d_out); at "input" x itself.
             scaling: Factor of the update, see `scaling`.
             host: The layer.
+            stage: Which of `stages` is asked for; only kinds with several read it.
         """
 
     def scaling(self, max_size: int) -> float:
@@ -95,11 +109,12 @@ class Kind(ABC):
         return 1.0
 
     def merged(
-        self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, site_stage: str
+        self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, stage: str
     ) -> tuple[Tensor, Tensor | None]:
         """Weight (d_out, d_in) and bias (d_out,) of the one linear layer equal to layer + module.
 
-        Kinds with `mergeable = False` never reach this.
+        Called once for each of the kind's stages; at "product" the bias must stay as it is. Kinds
+        with `mergeable = False` never reach this.
         """
         raise ConfigError(f"kind {self.name!r} is not linear in its input and cannot be merged.")
 

@@ -53,8 +53,8 @@ class Dora(Kind):
         if not isinstance(self.rslora, bool):
             raise ConfigError(f"{self.name}.rslora must be true or false; got {self.rslora!r}.")
 
-    def stage(self, site: Site) -> str:
-        return "add"
+    def stages(self, site: Site) -> tuple[str, ...]:
+        return ("add",)
 
     def shapes(self, site: Site, size: int) -> dict[str, tuple[int, ...]]:
         return {"A": (size, site.d_in), "B": (site.d_out, size), "magnitude": (site.d_out,)}
@@ -71,7 +71,9 @@ class Dora(Kind):
         alpha = 2 * max_size if self.alpha is None else self.alpha
         return alpha / (math.sqrt(max_size) if self.rslora else max_size)
 
-    def delta(self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host) -> Tensor:
+    def delta(
+        self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host, stage: str = ""
+    ) -> Tensor:
         x = F.dropout(x, self.dropout, host.training)
         low_rank = F.linear(F.linear(x, params["A"]), params["B"])  # (..., d_out)
         with torch.no_grad():
@@ -81,7 +83,7 @@ class Dora(Kind):
         return (factor - 1) * host.frozen_linear(x) + factor * scaling * low_rank
 
     def merged(
-        self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, site_stage: str
+        self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, stage: str
     ) -> tuple[Tensor, Tensor | None]:
         """Weight c (W + s B A); `weight` must be the frozen one, before other kinds are merged."""
         factor = params["magnitude"] / direction_norm(weight, params, scaling)

@@ -28,23 +28,25 @@ class Ia3(Kind):
     sized: ClassVar[bool] = False
     formula: ClassVar[str] = "d_out (d_in at down)"
 
-    def stage(self, site: Site) -> str:
-        return "input" if site.role == "down" else "scale"
+    def stages(self, site: Site) -> tuple[str, ...]:
+        return ("input",) if site.role == "down" else ("scale",)
 
     def shapes(self, site: Site, size: int) -> dict[str, tuple[int, ...]]:
-        return {"l": (site.d_in if self.stage(site) == "input" else site.d_out,)}
+        return {"l": (site.d_in if self.stages(site) == ("input",) else site.d_out,)}
 
     def init(
         self, shapes: Mapping[str, tuple[int, ...]], host: Host, generator: torch.Generator
     ) -> dict[str, Tensor]:
         return {"l": torch.ones(shapes["l"])}
 
-    def delta(self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host) -> Tensor:
+    def delta(
+        self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host, stage: str = ""
+    ) -> Tensor:
         return y * (params["l"] - 1)
 
     def merged(
-        self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, site_stage: str
+        self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, stage: str
     ) -> tuple[Tensor, Tensor | None]:
-        if site_stage == "input":
+        if stage == "input":
             return weight * params["l"], bias
         return weight * params["l"][:, None], None if bias is None else bias * params["l"]

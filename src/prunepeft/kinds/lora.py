@@ -53,8 +53,8 @@ class Lora(Kind):
         if not isinstance(self.rslora, bool):
             raise ConfigError(f"{self.name}.rslora must be true or false; got {self.rslora!r}.")
 
-    def stage(self, site: Site) -> str:
-        return "add"
+    def stages(self, site: Site) -> tuple[str, ...]:
+        return ("add",)
 
     def shapes(self, site: Site, size: int) -> dict[str, tuple[int, ...]]:
         return {"A": (size, site.d_in), "B": (site.d_out, size)}
@@ -70,11 +70,13 @@ class Lora(Kind):
         alpha = 2 * max_size if self.alpha is None else self.alpha
         return alpha / (math.sqrt(max_size) if self.rslora else max_size)
 
-    def delta(self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host) -> Tensor:
+    def delta(
+        self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host, stage: str = ""
+    ) -> Tensor:
         h = F.linear(F.dropout(x, self.dropout, host.training), params["A"])  # (..., R)
         return F.linear(h * scaling, params["B"])
 
     def merged(
-        self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, site_stage: str
+        self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, stage: str
     ) -> tuple[Tensor, Tensor | None]:
         return weight + scaling * (params["B"] @ params["A"]), bias

@@ -27,14 +27,16 @@ class ParallelAdapter(Bottleneck):
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("down",),)
     needs_source: ClassVar[bool] = True
 
-    def stage(self, site: Site) -> str:
+    def stages(self, site: Site) -> tuple[str, ...]:
         if not site.source:
             raise SiteError(
                 f"{self.name} needs a site that writes a sub-layer's output (role o or down); "
                 f"{site.path} has role {site.role!r}. Choose other roles or another kind."
             )
-        return "add"
+        return ("add",)
 
-    def delta(self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host) -> Tensor:
+    def delta(
+        self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host, stage: str = ""
+    ) -> Tensor:
         source = host.sublayer_input().to(params["down"].dtype)
         return self.transform(params, source, scaling, host.training)

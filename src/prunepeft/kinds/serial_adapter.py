@@ -26,8 +26,10 @@ class SerialAdapter(Bottleneck):
     name: ClassVar[str] = "serial_adapter"
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("down",),)
 
-    def stage(self, site: Site) -> str:
-        return "output"
+    def stages(self, site: Site) -> tuple[str, ...]:
+        return ("output",)
 
-    def delta(self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host) -> Tensor:
+    def delta(
+        self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host, stage: str = ""
+    ) -> Tensor:
         return self.transform(params, y, scaling, host.training)

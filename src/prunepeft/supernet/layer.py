@@ -27,7 +27,7 @@ class Branch:
         size: Current size.
         scaling: Factor of the update, fixed at the slot's largest size.
         gate: Multiplier of its contribution; 0 hides the module.
-        stage: Where in the layer it acts.
+        stages: Where in the layer it acts, in order.
         tensors: Names of its tensors.
     """
 
@@ -37,11 +37,11 @@ class Branch:
     size: int
     scaling: float
     gate: float = 1.0
-    stage: str = field(init=False)
+    stages: tuple[str, ...] = field(init=False)
     tensors: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stage = self.kind.stage(self.site)
+        self.stages = self.kind.stages(self.site)
         self.tensors = tuple(self.kind.shapes(self.site, self.size))
 
 
@@ -78,7 +78,7 @@ class InputTap:
 
 
 class UnionLayer(nn.Module, BaseTunerLayer):
-    """A frozen linear layer and its modules: input -> layer -> add -> scale -> output."""
+    """A frozen linear layer and its modules, which act in the order of `STAGES`."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -177,30 +177,45 @@ class UnionLayer(nn.Module, BaseTunerLayer):
             for name in self.active_adapters
             for branch in self.branches.get(name, {}).values()
         ]
-        stages = {stage: [a for a in active if a[1].stage == stage] for stage in STAGES}
+        at = {stage: [a for a in active if stage in a[1].stages] for stage in STAGES}
         shifted = x
-        for name, branch in stages["input"]:
-            shifted = shifted + self._contribution(name, branch, shifted, shifted)
+        for name, branch in at["input"]:
+            shifted = shifted + self._contribution(name, branch, "input", shifted, shifted)
         y = self.base_layer(shifted, *args, **kwargs)
         self._seen = (x, y) if shifted is x else None
-        total = y
-        for name, branch in stages["add"]:
-            total = total + self._contribution(name, branch, x, y)
+        total = self._changed_product(at["product"], x, y)
+        before = total
+        for name, branch in at["add"]:
+            total = total + self._contribution(name, branch, "add", x, before)
         self._seen = None
-        for name, branch in (*stages["scale"], *stages["output"]):
-            total = total + self._contribution(name, branch, x, total)
+        for stage in ("scale", "output"):
+            for name, branch in at[stage]:
+                total = total + self._contribution(name, branch, stage, x, total)
         return total
 
-    def _contribution(self, adapter: str, branch: Branch, x: Tensor, y: Tensor) -> Tensor:
+    def _changed_product(self, active: list[tuple[str, Branch]], x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output after the modules that change W x and leave the bias alone."""
+        if not active:
+            return y
+        bias = getattr(self.get_base_layer(), "bias", None)
+        product = y if bias is None else y - bias
+        for name, branch in active:
+            change = self._contribution(name, branch, "product", x, product)
+            product, y = product + change, y + change
+        return y
+
+    def _contribution(
+        self, adapter: str, branch: Branch, stage: str, x: Tensor, y: Tensor
+    ) -> Tensor:
         params = self.params(adapter, branch.kind.name)
         dtype = next(iter(params.values())).dtype
         out_dtype = y.dtype
         if dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             x, y = x.to(dtype), y.to(dtype)
-        delta = branch.kind.delta(params, x, y, branch.scaling, self)
+        delta = branch.kind.delta(params, x, y, branch.scaling, self, stage)
         if branch.gate != 1.0:
             delta = delta * branch.gate
-        if self.observer is not None:
+        if self.observer is not None and stage == branch.stages[-1]:
             self.observer(branch, delta)
         return delta.to(out_dtype)
 
@@ -240,7 +255,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         weight, bias = frozen, None if base_bias is None else base_bias.to(wide)
         active = [(a, b) for a in adapters for b in self.branches[a].values()]
         for stage in STAGES:
-            for name, branch in (a for a in active if a[1].stage == stage):
+            for name, branch in (a for a in active if stage in a[1].stages):
                 own = self.params(name, branch.kind.name)
                 params = {k: v.detach().to(wide) for k, v in own.items()}
                 start = frozen if stage == "add" else weight

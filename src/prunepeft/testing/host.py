@@ -36,14 +36,14 @@ class PlainHost:
         return self.source
 
 
-def double_host(site: Site, stage: str, draw: torch.Generator) -> tuple[PlainHost, Tensor, Tensor]:
+def double_host(site: Site, draw: torch.Generator) -> tuple[PlainHost, Tensor, Tensor]:
     """Draw a float64 host, an input (2, d_in) and an output so far (2, d_out)."""
     weight, x, y, source = (
         torch.randn(shape, generator=draw).double()
         for shape in (
             (site.d_out, site.d_in),
             (2, site.d_in),
-            (2, site.d_in if stage == "input" else site.d_out),
+            (2, site.d_out),
             (2, site.d_out),
         )
     )

@@ -94,7 +94,8 @@ class KindContract:
         slot = next(iter(self._placement()))
         site, kind = slot.sites[0], make_kind(self.kind, self.options)
         draw = seeded(0, "gradient")
-        host, x, y = double_host(site, kind.stage(site), draw)
+        stages = kind.stages(site)
+        host, x, y = double_host(site, draw)
         fresh = kind.init(kind.shapes(site, slot.sizes[-1]), host, draw)
         noise = {k: torch.randn(v.shape, generator=draw) for k, v in fresh.items()}
         params = {k: (v + 0.3 * noise[k]).double() for k, v in fresh.items()}
@@ -102,7 +103,12 @@ class KindContract:
 
         def delta(*values: Tensor) -> Tensor:
             now = params | dict(zip(free, values[:-2], strict=True))
-            return kind.delta(now, *values[-2:], kind.scaling(slot.sizes[-1]), host)
+            scaling = kind.scaling(slot.sizes[-1])
+            found = [
+                kind.delta(now, values[-2], values[-2 if s == "input" else -1], scaling, host, s)
+                for s in stages
+            ]
+            return torch.cat([f.flatten() for f in found])
 
         leaves = [t.requires_grad_() for t in (*(params[k] for k in free), x, y)]
         assert torch.autograd.gradcheck(delta, leaves)
@@ -213,11 +219,11 @@ class KindContract:
 
     def _placement(self) -> Placement:
         """One slot on every feed-forward site, one tied over all sites of every attention."""
-        cls = type(make_kind(self.kind, self.options))
-        size = self.size if cls.sized else 1
+        made = make_kind(self.kind, self.options)
+        size = self.size if made.sized else 1
         homes: dict[tuple[Any, ...], list[Site]] = {}
         for site in find_sites(self.model):
-            if site.source or not cls.needs_source:
+            if made.fits(site):
                 own = (site.path,) if site.block == "ffn" else ()
                 homes.setdefault((site.stack, site.layer, site.block, *own), []).append(site)
         options = tuple(sorted(self.options.items()))

@@ -116,8 +116,8 @@ def _also_matched(targets: list[str], skeleton: nn.Module | None) -> list[str]:
 
 def _blurred(adapter: SavedAdapter) -> bool:
     """Whether peft, which compares plain ends of text, would mistake one path for another."""
-    inputs = tuple(m.site.path for m in adapter.modules if m.kind.stage(m.site) == "input")
-    others = (m.site.path for m in adapter.modules if m.kind.stage(m.site) != "input")
+    inputs = tuple(m.site.path for m in adapter.modules if "input" in m.kind.stages(m.site))
+    others = (m.site.path for m in adapter.modules if "input" not in m.kind.stages(m.site))
     return any(path.endswith(inputs) for path in others)
 
 
@@ -128,7 +128,7 @@ def _ia3_config(adapter: SavedAdapter, skeleton: nn.Module | None) -> IA3Config:
         exclude_modules=_also_matched(targets, skeleton) or None,
         fan_in_fan_out=is_transposed(targets, skeleton),
         feedforward_modules=[
-            m.site.path for m in adapter.modules if m.kind.stage(m.site) == "input"
+            m.site.path for m in adapter.modules if "input" in m.kind.stages(m.site)
         ],
         modules_to_save=list(adapter.modules_to_save) or None,
         **_origin(adapter),
@@ -136,7 +136,7 @@ def _ia3_config(adapter: SavedAdapter, skeleton: nn.Module | None) -> IA3Config:
 
 
 def _ia3_tensor(module: Module) -> Tensor:
-    shape = (1, -1) if module.kind.stage(module.site) == "input" else (-1, 1)
+    shape = (1, -1) if "input" in module.kind.stages(module.site) else (-1, 1)
     return module.tensors["l"].reshape(shape)
 
 
