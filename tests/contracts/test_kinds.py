@@ -26,6 +26,12 @@ ROWS = {
     "ia3": {},
     "serial_adapter": {},
     "parallel_adapter": {},
+    "low_rank_adapter": {},
+    "ether": {"starts_as_identity": False},
+    "ether_plus": {},
+    "ssl": {},
+    "ssb": {},
+    "alore": {},
 }
 VARIANTS = (
     ("lora", {"options": {"alpha": 8.0, "rslora": True, "dropout": 0.2}}),
@@ -34,6 +40,14 @@ VARIANTS = (
     ("serial_adapter", {"options": {"init_weights": "paper"}, "starts_as_identity": False}),
     ("parallel_adapter", {"options": {"activation": "silu", "scale": 4.0}, "atol": 1e-4}),
     ("parallel_adapter", {"options": {"activation": "tanh", "dropout": 0.2}, "size": 5}),
+    ("low_rank_adapter", {"options": {"reduction": 4, "dropout": 0.2, "activation": "relu"}}),
+    ("ether", {"options": {"blocks": 4, "side": "output"}, "starts_as_identity": False}),
+    ("ether", {"options": {"blocks": 2}, "starts_as_identity": False}),
+    ("ether_plus", {"options": {"blocks": 4, "sides": "input"}}),
+    ("ether_plus", {"options": {"blocks": 2, "sides": "output"}}),
+    ("ssb", {"options": {"scale_bias": True}}),
+    ("alore", {"options": {"form": "phm", "position": "pre", "scale": 2.0}}),
+    ("alore", {"options": {"experts": 2}}),
 )
 
 

@@ -1,5 +1,6 @@
 """Kinds of PEFT module; every one is a line here."""
 
+from prunepeft.kinds.alore import Alore
 from prunepeft.kinds.base import (
     KINDS,
     Kind,
@@ -12,25 +13,40 @@ from prunepeft.kinds.base import (
     slot_kind,
 )
 from prunepeft.kinds.dora import Dora
+from prunepeft.kinds.ether import Ether, EtherPlus
 from prunepeft.kinds.ia3 import Ia3
 from prunepeft.kinds.lora import Lora
+from prunepeft.kinds.low_rank_adapter import LowRankAdapter
 from prunepeft.kinds.parallel_adapter import ParallelAdapter
 from prunepeft.kinds.serial_adapter import SerialAdapter
+from prunepeft.kinds.ssl import Ssb, Ssl
 
 KINDS.register("lora", Lora)
 KINDS.register("dora", Dora)
 KINDS.register("ia3", Ia3)
 KINDS.register("serial_adapter", SerialAdapter)
 KINDS.register("parallel_adapter", ParallelAdapter)
+KINDS.register("low_rank_adapter", LowRankAdapter)
+KINDS.register("ether", Ether)
+KINDS.register("ether_plus", EtherPlus)
+KINDS.register("ssl", Ssl)
+KINDS.register("ssb", Ssb)
+KINDS.register("alore", Alore)
 
 __all__ = [
     "KINDS",
+    "Alore",
     "Dora",
+    "Ether",
+    "EtherPlus",
     "Ia3",
     "Kind",
     "Lora",
+    "LowRankAdapter",
     "ParallelAdapter",
     "SerialAdapter",
+    "Ssb",
+    "Ssl",
     "cost",
     "count_params",
     "make_kind",

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from prunepeft.errors import ConfigError, UnknownNameError
+from prunepeft.errors import ConfigError, SiteError, UnknownNameError
 from prunepeft.registry import Registry, unknown_name
 from prunepeft.space import Placement, Site, Slot
 
@@ -190,3 +190,26 @@ def check_range(kind: str, option: str, value: float, low: float, high: float) -
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         raise ConfigError(f"{kind}.{option} must be in [{low:g}, {high:g}]; got {value!r}.")
+
+
+def check_whole(kind: str, option: str, value: int, low: int, high: int) -> None:
+    """Raise ConfigError unless the option is a whole number with low <= value <= high."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(
+            f"{kind}.{option} must be a whole number in {low}..{high}; got {value!r}."
+        )
+
+
+def check_one_of(kind: str, option: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise UnknownNameError unless the option is one of the known names."""
+    if value not in known:
+        raise UnknownNameError(unknown_name(f"{kind}.{option}", str(value), known))
+
+
+def check_divides(kind: str, option: str, value: int, width: int, site: Site) -> None:
+    """Raise SiteError unless the option divides the width of the layer."""
+    if width % value:
+        raise SiteError(
+            f"{kind}.{option} must divide the width of the layer; got {value} for {site.path} of "
+            f"width {width}. Use a divisor of it (1 always works) or other roles."
+        )
