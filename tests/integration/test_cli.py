@@ -20,6 +20,7 @@ from prunepeft.config import load_config
 from prunepeft.errors import BudgetError, LockedError
 from prunepeft.interrupts import Interrupted
 from tests.tiny_models import VOCAB, make_tiny
+from tests.tiny_tokenizer import save_tiny_model
 
 ROWS = "".join(
     json.dumps({"text": f"w{i % 40} w{i % 7}", "label": "ab"[i % 2]}) + "\n" for i in range(40)
@@ -182,6 +183,20 @@ def test_ls_lists_the_registries(call: Call, what: str, name: str) -> None:
     assert f"  {name} " in out
     code, out, _ = call("ls", what, "--json")
     assert name in [row["name"] for row in json.loads(out)]
+
+
+def test_ls_kinds_counts_for_a_model(call: Call, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", head="base")
+    code, out, _ = call("ls", "kinds", "--model", str(folder), "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert rows["lora"]["parameters, R=8"] == 2 * 8 * (4 * (16 + 16) + 2 * (16 + 32))
+    assert rows["ssl"]["parameters, R=8"] == 2 * 3 * 16
+    assert rows["lora"]["shrinkable"] is True
+    assert rows["ssl"]["shrinkable"] is False
+    code, _, err = call("ls", "metrics", "--model", str(folder))
+    assert code == 2
+    assert "--model goes with `ls kinds`, not with `ls metrics`" in err
 
 
 def test_env_names_versions(call: Call) -> None:
