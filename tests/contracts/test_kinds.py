@@ -26,6 +26,8 @@ ROWS = {
     "ia3": {},
     "serial_adapter": {},
     "parallel_adapter": {},
+    "loretta_adp": {},
+    "loretta_rep": {},
 }
 VARIANTS = (
     ("lora", {"options": {"alpha": 8.0, "rslora": True, "dropout": 0.2}}),
@@ -34,6 +36,10 @@ VARIANTS = (
     ("serial_adapter", {"options": {"init_weights": "paper"}, "starts_as_identity": False}),
     ("parallel_adapter", {"options": {"activation": "silu", "scale": 4.0}, "atol": 1e-4}),
     ("parallel_adapter", {"options": {"activation": "tanh", "dropout": 0.2}, "size": 5}),
+    ("loretta_adp", {"options": {"bottleneck": 34, "activation": "gelu", "dropout": 0.2}}),
+    ("loretta_adp", {"options": {"init_weights": "paper"}, "starts_as_identity": False}),
+    ("loretta_rep", {"options": {"rank": 20, "alpha": 8.0, "dropout": 0.2}, "size": 5}),
+    ("loretta_rep", {"options": {"init_weights": "paper"}, "starts_as_identity": False}),
 )
 
 

@@ -14,6 +14,8 @@ from prunepeft.kinds.base import (
 from prunepeft.kinds.dora import Dora
 from prunepeft.kinds.ia3 import Ia3
 from prunepeft.kinds.lora import Lora
+from prunepeft.kinds.loretta_adp import LorettaAdp
+from prunepeft.kinds.loretta_rep import LorettaRep
 from prunepeft.kinds.parallel_adapter import ParallelAdapter
 from prunepeft.kinds.serial_adapter import SerialAdapter
 
@@ -22,6 +24,8 @@ KINDS.register("dora", Dora)
 KINDS.register("ia3", Ia3)
 KINDS.register("serial_adapter", SerialAdapter)
 KINDS.register("parallel_adapter", ParallelAdapter)
+KINDS.register("loretta_adp", LorettaAdp)
+KINDS.register("loretta_rep", LorettaRep)
 
 __all__ = [
     "KINDS",
@@ -29,6 +33,8 @@ __all__ = [
     "Ia3",
     "Kind",
     "Lora",
+    "LorettaAdp",
+    "LorettaRep",
     "ParallelAdapter",
     "SerialAdapter",
     "cost",
