@@ -41,6 +41,7 @@ def make_space(
             A fused layer stands in for the roles it computes.
         target_params: Without `sizes`, all kinds get the largest power of two up to 64 at which the
             supernet has at most this many trainable parameters (at least 1); 16 if not given.
+            Kinds with a lower `max_default_size` get that.
     Raises:
         UnknownNameError: if a kind or an option is unknown.
         ConfigError: if a setting names a kind that is not among `kinds`, a size is not allowed or
@@ -142,7 +143,7 @@ def _sizes(kind: str, given: Sequence[int] | int | None) -> tuple[int, ...]:
             raise ConfigError(f"kind {kind!r} has no size; drop sizes.{kind} (got {given!r}).")
         return (1,)
     if given is None:
-        return (DEFAULT_SIZE,)
+        return (min(DEFAULT_SIZE, KINDS.get(kind).max_default_size),)
     return (given,) if isinstance(given, int) else tuple(given)
 
 
@@ -210,9 +211,12 @@ def _present(sites: Sequence[Site]) -> str:
 
 def _fitted(slots: Sequence[Slot], free: set[str], target_params: int) -> list[Slot]:
     """The slots with the kinds in `free` at the largest common power of two within the target."""
-    size = MAX_DEFAULT_SIZE
+    size, top = MAX_DEFAULT_SIZE, {kind: KINDS.get(kind).max_default_size for kind in free}
     while True:
-        fitted = [Slot(s.sites, s.kind, (size,), s.options) if s.kind in free else s for s in slots]
+        fitted = [
+            Slot(s.sites, s.kind, (min(size, top[s.kind]),), s.options) if s.kind in free else s
+            for s in slots
+        ]
         if size == 1 or sum(n_params(s, s.sizes[-1]) for s in fitted) <= target_params:
             return fitted
         size //= 2

@@ -32,6 +32,8 @@ ROWS = {
     "ssl": {},
     "ssb": {},
     "alore": {},
+    "loretta_adp": {},
+    "loretta_rep": {},
 }
 VARIANTS = (
     ("lora", {"options": {"alpha": 8.0, "rslora": True, "dropout": 0.2}}),
@@ -48,6 +50,10 @@ VARIANTS = (
     ("ssb", {"options": {"scale_bias": True}}),
     ("alore", {"options": {"form": "phm", "position": "pre", "scale": 2.0}}),
     ("alore", {"options": {"experts": 2}}),
+    ("loretta_adp", {"options": {"bottleneck": 34, "activation": "gelu", "dropout": 0.2}}),
+    ("loretta_adp", {"options": {"init_weights": "paper"}, "starts_as_identity": False}),
+    ("loretta_rep", {"options": {"rank": 20, "alpha": 8.0, "dropout": 0.2}, "size": 5}),
+    ("loretta_rep", {"options": {"init_weights": "paper"}, "starts_as_identity": False}),
 )
 
 

@@ -143,6 +143,16 @@ def test_target_picks_the_largest_common_width_that_fits(sites, target):
         assert count_params(double.full()) > target
 
 
+def test_kinds_with_a_lower_default_size(sites):
+    kinds = ["lora", "loretta_rep"]
+    for target, sizes in ((None, (16, 8)), (10**9, (64, 8)), (1, (1, 1))):
+        space = make_space(sites["bert"], kinds, target_params=target)
+        found = {slot.kind: slot.sizes for slot in space}
+        assert found == {"lora": (sizes[0],), "loretta_rep": (sizes[1],)}
+    given = make_space(sites["bert"], kinds, sizes={"loretta_rep": 32}, target_params=10**9)
+    assert {slot.sizes for slot in given if slot.kind == "loretta_rep"} == {(32,)}
+
+
 def test_target_leaves_given_sizes_alone(sites):
     space = make_space(sites["bert"], sizes={"lora": 5}, target_params=10**9)
     assert {(slot.kind, slot.sizes) for slot in space} == {

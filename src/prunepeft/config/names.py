@@ -10,7 +10,21 @@ from importlib.metadata import entry_points
 from prunepeft.errors import UnknownNameError
 from prunepeft.registry import unknown_name
 
-KIND_NAMES = ("lora", "dora", "ia3", "serial_adapter", "parallel_adapter")
+KIND_NAMES = (
+    "lora",
+    "dora",
+    "ia3",
+    "serial_adapter",
+    "parallel_adapter",
+    "low_rank_adapter",
+    "ether",
+    "ether_plus",
+    "ssl",
+    "ssb",
+    "alore",
+    "loretta_adp",
+    "loretta_rep",
+)
 PAPER_CRITERION_NAMES = (
     "minimum_weight",
     "zeros",

@@ -16,6 +16,8 @@ from prunepeft.kinds.dora import Dora
 from prunepeft.kinds.ether import Ether, EtherPlus
 from prunepeft.kinds.ia3 import Ia3
 from prunepeft.kinds.lora import Lora
+from prunepeft.kinds.loretta_adp import LorettaAdp
+from prunepeft.kinds.loretta_rep import LorettaRep
 from prunepeft.kinds.low_rank_adapter import LowRankAdapter
 from prunepeft.kinds.parallel_adapter import ParallelAdapter
 from prunepeft.kinds.serial_adapter import SerialAdapter
@@ -32,6 +34,8 @@ KINDS.register("ether_plus", EtherPlus)
 KINDS.register("ssl", Ssl)
 KINDS.register("ssb", Ssb)
 KINDS.register("alore", Alore)
+KINDS.register("loretta_adp", LorettaAdp)
+KINDS.register("loretta_rep", LorettaRep)
 
 __all__ = [
     "KINDS",
@@ -43,6 +47,8 @@ __all__ = [
     "Kind",
     "Lora",
     "LowRankAdapter",
+    "LorettaAdp",
+    "LorettaRep",
     "ParallelAdapter",
     "SerialAdapter",
     "Ssb",

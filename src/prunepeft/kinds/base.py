@@ -51,8 +51,10 @@ class Kind(ABC):
     Class attributes:
         name: Registered name.
         roles: Default tied groups of site roles that get one slot each in every layer.
-        shrink_axes: Tensor name -> axis of its rank, for kinds whose size can be cut.
+        shrink_axes: Tensor name -> axis of its rank, for kinds whose size can be cut; several
+            axes, or one entry for many tensors, go with a `rank_axes` of the kind's own.
         sized: False for kinds without a size (their only size is 1).
+        max_default_size: Largest size chosen where none is given.
         needs_source: True if it reads the sub-layer's input (only at `o` and `down` sites).
     """
 
@@ -61,8 +63,9 @@ class Kind(ABC):
     mergeable: ClassVar[bool] = False
     servable: ClassVar[bool] = False
     sized: ClassVar[bool] = True
+    max_default_size: ClassVar[int] = 64
     needs_source: ClassVar[bool] = False
-    shrink_axes: ClassVar[Mapping[str, int]] = {}
+    shrink_axes: ClassVar[Mapping[str, int | tuple[int, ...]]] = {}
     formula: ClassVar[str] = ""
 
     @abstractmethod
@@ -122,16 +125,20 @@ class Kind(ABC):
         """Trainable parameters at one site."""
         return sum(math.prod(shape) for shape in self.shapes(site, size).values())
 
+    def rank_axes(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        """Axes of one of the module's tensors along which its ranks lie; () if it has none."""
+        axes = self.shrink_axes.get(name, ())
+        return (axes,) if isinstance(axes, int) else axes
+
     def shrunk(self, params: Params, keep: Tensor) -> dict[str, Tensor]:
         """Tensors cut to the ranks of `keep` (indices, (size',)); others unchanged."""
         if not self.shrink_axes:
             raise ConfigError(f"kind {self.name!r} has no ranks to cut; remove it as a whole.")
-        return {
-            name: tensor.index_select(self.shrink_axes[name], keep.to(tensor.device))
-            if name in self.shrink_axes
-            else tensor
-            for name, tensor in params.items()
-        }
+        cut = dict(params)
+        for name in cut:
+            for axis in self.rank_axes(name, params[name]):
+                cut[name] = cut[name].index_select(axis, keep.to(cut[name].device))
+        return cut
 
 
 KINDS: Registry[type[Kind]] = Registry("kind")

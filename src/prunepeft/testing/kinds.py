@@ -157,8 +157,8 @@ class KindContract:
         shrink_slot(cut, slot_id, keep)
         for layer, name in slot_layers(masked)[slot_id]:
             for tensor, parameter in layer.params("default", name).items():
-                if tensor in kind.shrink_axes:
-                    parameter.data.index_fill_(kind.shrink_axes[tensor], gone, 0.0)
+                for axis in kind.rank_axes(tensor, parameter):
+                    parameter.data.index_fill_(axis, gone, 0.0)
         self._close(self._output(cut), self._output(masked))
         self._assert_counts(cut)
 
