@@ -159,9 +159,10 @@ def test_cut_tensors_have_the_shapes_of_the_smaller_size(
             made.shrunk({}, torch.tensor([0]))
         return
     keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))
-    values = made.init(made.shapes(SITE, size), PlainHost(torch.ones(2, 3)), seeded(0))
+    site = Site("p", "encoder", 0, 2, "ffn", "down", 12, 8, source="q")
+    values = made.init(made.shapes(site, size), PlainHost(torch.ones(8, 12)), seeded(0))
     cut = made.shrunk(values, torch.tensor(keep))
-    assert {k: tuple(v.shape) for k, v in cut.items()} == made.shapes(SITE, len(keep))
+    assert {k: tuple(v.shape) for k, v in cut.items()} == made.shapes(site, len(keep))
 
 
 @pytest.mark.parametrize("init_weights", ["zero", "paper"])

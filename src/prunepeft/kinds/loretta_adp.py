@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunepeft.kinds.base import Host, Params
+from prunepeft.kinds.base import Host, Params, check_whole
 from prunepeft.kinds.bottleneck import ACTIVATIONS
 from prunepeft.kinds.serial_adapter import SerialAdapter
 from prunepeft.kinds.tensor_train import (
     apply_train,
     bond_axes,
-    check_width,
     core_shapes,
     draw_cores,
     train_of,
@@ -55,7 +54,7 @@ class LorettaAdp(SerialAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_width(self.name, "bottleneck", self.bottleneck)
+        check_whole(self.name, "bottleneck", self.bottleneck, 1, 65_536)
 
     def shapes(self, site: Site, size: int) -> dict[str, tuple[int, ...]]:
         return {

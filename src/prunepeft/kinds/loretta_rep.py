@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunepeft.errors import ConfigError
-from prunepeft.kinds.base import Host, Kind, Params, check_range
+from prunepeft.kinds.base import Host, Kind, Params, check_range, check_whole
 from prunepeft.kinds.bottleneck import STARTS
 from prunepeft.kinds.tensor_train import (
     apply_train,
     bond_axes,
-    check_width,
     core_shapes,
     draw_cores,
     full_matrix,
@@ -56,7 +55,7 @@ class LorettaRep(Kind):
     init_weights: str = "zero"
 
     def __post_init__(self) -> None:
-        check_width(self.name, "rank", self.rank)
+        check_whole(self.name, "rank", self.rank, 1, 65_536)
         if self.alpha is not None:
             check_range(self.name, "alpha", self.alpha, 1e-6, 1e6)
         check_range(self.name, "dropout", self.dropout, 0.0, 0.99)

@@ -17,8 +17,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from prunepeft.errors import ConfigError
-
 T = TypeVar("T")
 
 MAX_MODE = 16
@@ -136,12 +134,3 @@ def bond_axes(axes: Mapping[str, tuple[int, ...]], name: str, tensor: Tensor) ->
     """
     bonds = axes.get(name.rstrip("0123456789"), ())
     return tuple(axis for axis in bonds if tensor.shape[axis] > 1)
-
-
-def check_width(kind: str, option: str, value: int) -> None:
-    """Raise ConfigError unless the value is a whole number of 1 or more."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or not 1 <= value <= MAX_WIDTH:
-        raise ConfigError(
-            f"{kind}.{option} must be a whole number in [1, {MAX_WIDTH}]; got {value!r}."
-        )
