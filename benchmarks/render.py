@@ -27,7 +27,7 @@ def main() -> None:
 
 def render() -> str:
     """The whole page."""
-    parts = [(HERE / "about.md").read_text("utf-8"), *_first(), *_recorder()]
+    parts = [(HERE / "about.md").read_text("utf-8"), *_first(), *_recorder(), *_kinds()]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -108,6 +108,30 @@ def _recorder() -> list[str]:
         rows.append(f"| {' | '.join(map(str, cells))} |")
     about = (HERE / "engine" / "about.md").read_text("utf-8").rstrip()
     return [about, *rows] if rows else []
+
+
+def _kinds() -> list[str]:
+    results = [_read(f) for f in sorted((HERE / "kinds" / "results").glob("*.json"))]
+    if not results:
+        return []
+    lines = ["", (HERE / "kinds" / "about.md").read_text("utf-8").rstrip(), ""]
+    for shape, device in sorted({(r["shape"], r["device"]) for r in results}):
+        rows = [r for r in results if (r["shape"], r["device"]) == (shape, device)]
+        lines += [
+            f"### {shape}, {rows[0]['rows']} x {rows[0]['tokens']} tokens, {device}",
+            "",
+            "| kind | time | quartiles | operations | over prediction |",
+            "|---|---|---|---|---|",
+        ]
+        for r in sorted(rows, key=lambda r: r["time_ratio"]):
+            low, _, high = r["time_quartiles"]
+            time, operations = r["time_ratio"], r["operations_ratio"]
+            lines.append(
+                f"| {r['kind']} | {time:.3f} | {low:.3f} to {high:.3f} | {operations:.3f} "
+                f"| {time / operations:.2f} |"
+            )
+        lines.append("")
+    return lines
 
 
 def _path(task: str, method: str, seed: int) -> Path:
