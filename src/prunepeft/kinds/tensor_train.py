@@ -20,7 +20,6 @@ from torch import Tensor
 T = TypeVar("T")
 
 MAX_MODE = 16
-MAX_WIDTH = 65_536
 
 
 @cache
