@@ -32,6 +32,7 @@ ROWS = {
     "ssl": {},
     "ssb": {},
     "alore": {},
+    "prefix": {"starts_as_identity": False},
 }
 VARIANTS = (
     ("lora", {"options": {"alpha": 8.0, "rslora": True, "dropout": 0.2}}),

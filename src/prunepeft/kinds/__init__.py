@@ -18,6 +18,7 @@ from prunepeft.kinds.ia3 import Ia3
 from prunepeft.kinds.lora import Lora
 from prunepeft.kinds.low_rank_adapter import LowRankAdapter
 from prunepeft.kinds.parallel_adapter import ParallelAdapter
+from prunepeft.kinds.prefix import Prefix
 from prunepeft.kinds.serial_adapter import SerialAdapter
 from prunepeft.kinds.ssl import Ssb, Ssl
 
@@ -32,6 +33,7 @@ KINDS.register("ether_plus", EtherPlus)
 KINDS.register("ssl", Ssl)
 KINDS.register("ssb", Ssb)
 KINDS.register("alore", Alore)
+KINDS.register("prefix", Prefix)
 
 __all__ = [
     "KINDS",
@@ -44,6 +46,7 @@ __all__ = [
     "Lora",
     "LowRankAdapter",
     "ParallelAdapter",
+    "Prefix",
     "SerialAdapter",
     "Ssb",
     "Ssl",
