@@ -49,6 +49,7 @@ VARIANTS = (
     ("ssb", {"options": {"scale_bias": True}}),
     ("alore", {"options": {"form": "phm", "position": "pre", "scale": 2.0}}),
     ("alore", {"options": {"experts": 2}}),
+    ("prefix", {"options": {"init_std": 0.5}, "size": 5, "starts_as_identity": False}),
 )
 
 

@@ -20,6 +20,7 @@ from prunepeft.space import Site
 from prunepeft.supernet import (
     UnionConfig,
     attach,
+    attention,
     detach,
     gate_slots,
     placement_of,
@@ -151,8 +152,8 @@ def test_padding_is_not_seen(name: str) -> None:
     net, real = put(model), inputs["attention_mask"].bool()
     other = inputs | {"input_ids": inputs["input_ids"].masked_fill(~real, 9)}
     first, second = output(net, inputs), output(net, other)
-    shown = first[real] if name in CAUSAL else first
-    assert_close(shown, second[real] if name in CAUSAL else second, rtol=0, atol=1e-6)
+    shown = real if name in CAUSAL else slice(None)
+    assert_close(first[shown], second[shown], rtol=0, atol=1e-6)
 
 
 # --- generation ----------------------------------------------------------------------------
@@ -273,6 +274,19 @@ def test_observer_sees_the_change_of_the_attention_output() -> None:
     assert slot_id == placement_of(net).ids[0]
     assert_close(delta.flatten(), torch.tensor([-0.75, 0.75]))
     assert not delta.requires_grad
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_only_watching_costs_more(watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, module, inputs = one_head()
+    calls = []
+    compute = attention._attention
+    monkeypatch.setattr(
+        attention, "_attention", lambda *a, **k: calls.append(1) or compute(*a, **k)
+    )
+    module.value.observer = (lambda *_: None) if watched else None
+    attend(module, **inputs, attention_mask=None, scaling=1.0)
+    assert len(calls) == (3 if watched else 1)
 
 
 def test_recording_does_not_change_training() -> None:
