@@ -34,6 +34,7 @@ ROWS = {
     "alore": {},
     "loretta_adp": {},
     "loretta_rep": {},
+    "prefix": {"starts_as_identity": False},
 }
 VARIANTS = (
     ("lora", {"options": {"alpha": 8.0, "rslora": True, "dropout": 0.2}}),
@@ -54,6 +55,7 @@ VARIANTS = (
     ("loretta_adp", {"options": {"init_weights": "paper"}, "starts_as_identity": False}),
     ("loretta_rep", {"options": {"rank": 20, "alpha": 8.0, "dropout": 0.2}, "size": 5}),
     ("loretta_rep", {"options": {"init_weights": "paper"}, "starts_as_identity": False}),
+    ("prefix", {"options": {"init_std": 0.5}, "size": 5, "starts_as_identity": False}),
 )
 
 

@@ -24,6 +24,7 @@ KIND_NAMES = (
     "alore",
     "loretta_adp",
     "loretta_rep",
+    "prefix",
 )
 PAPER_CRITERION_NAMES = (
     "minimum_weight",

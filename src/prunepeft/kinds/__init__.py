@@ -20,6 +20,7 @@ from prunepeft.kinds.loretta_adp import LorettaAdp
 from prunepeft.kinds.loretta_rep import LorettaRep
 from prunepeft.kinds.low_rank_adapter import LowRankAdapter
 from prunepeft.kinds.parallel_adapter import ParallelAdapter
+from prunepeft.kinds.prefix import Prefix
 from prunepeft.kinds.serial_adapter import SerialAdapter
 from prunepeft.kinds.ssl import Ssb, Ssl
 
@@ -36,6 +37,7 @@ KINDS.register("ssb", Ssb)
 KINDS.register("alore", Alore)
 KINDS.register("loretta_adp", LorettaAdp)
 KINDS.register("loretta_rep", LorettaRep)
+KINDS.register("prefix", Prefix)
 
 __all__ = [
     "KINDS",
@@ -50,6 +52,7 @@ __all__ = [
     "LorettaAdp",
     "LorettaRep",
     "ParallelAdapter",
+    "Prefix",
     "SerialAdapter",
     "Ssb",
     "Ssl",

@@ -9,6 +9,11 @@ Every kind is a residual change at one site (a linear layer): it returns what to
     stage "output"  y  <- y + delta(y)          after it (serial adapter)
 
 Because each is an addition, a gate g multiplies it: g = 0 is the model without the module.
+
+One stage is not at the layer but in the attention that the layer feeds; there g multiplies the
+attention weight, before weights are made to sum to one:
+
+    stage "attention"  K, V <- [k; K], [v; V] with k, v = delta   (prefix)
 """
 
 import hashlib
@@ -25,7 +30,7 @@ from prunepeft.errors import ConfigError, SiteError, UnknownNameError
 from prunepeft.registry import Registry, unknown_name
 from prunepeft.space import Placement, Site, Slot
 
-STAGES = ("input", "product", "add", "scale", "output")
+STAGES = ("input", "product", "add", "scale", "output", "attention")
 Params = Mapping[str, Tensor]
 
 
@@ -96,12 +101,13 @@ class Kind(ABC):
         host: Host,
         stage: str = "",
     ) -> Tensor:
-        """What to add at a stage.
+        """What to add at a stage; at "attention" the keys and values to prepend, (2, R, d_kv).
 
         Args:
             params: The module's tensors.
             x: Input of the linear layer, (..., d_in).
-            y: What the stage changes: the output so far, (..., d_out); at "input" x itself.
+            y: What the stage changes: the output so far, (..., d_out); at "input" x itself. At
+                "attention", x and y are the keys and values of the tokens, (B, H_kv, S, d).
             scaling: Factor of the update, see `scaling`.
             host: The layer.
             stage: Which of `stages` is asked for; only kinds with several read it.

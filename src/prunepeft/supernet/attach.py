@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prunepeft.errors import ConfigError, StateError
 from prunepeft.kinds import seeded, slot_kind
 from prunepeft.space import Placement
+from prunepeft.supernet.attention import release
 from prunepeft.supernet.layer import UnionLayer
 from prunepeft.supernet.tuner import UnionConfig
 
@@ -124,6 +125,7 @@ def remove_slots(net: PeftModel, ids: Iterable[str], adapter: str = ADAPTER) -> 
         if not kinds:
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, module.base_layer)
+    release(base)
     config = net.peft_config[adapter]
     config.set_placement(config.get_placement().without(gone))
 

@@ -26,7 +26,8 @@ class Branch:
         site: Where it sits.
         size: Current size.
         scaling: Factor of the update, fixed at the slot's largest size.
-        gate: Multiplier of its contribution; 0 hides the module.
+        gate: Multiplier of its contribution; 0 hides the module. At stage "attention" it may be one
+            multiplier per unit, (size,).
         stages: Where in the layer it acts, in order.
         tensors: Names of its tensors.
     """
@@ -36,7 +37,7 @@ class Branch:
     site: Site
     size: int
     scaling: float
-    gate: float = 1.0
+    gate: float | Tensor = 1.0
     stages: tuple[str, ...] = field(init=False)
     tensors: tuple[str, ...] = field(init=False)
 
@@ -78,7 +79,10 @@ class InputTap:
 
 
 class UnionLayer(nn.Module, BaseTunerLayer):
-    """A frozen linear layer and its modules, which act in the order of `STAGES`."""
+    """A frozen linear layer and its modules, which act in the order of `STAGES`.
+
+    Those of stage "attention" act in the attention around the layer, see `supernet.attention`.
+    """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -136,6 +140,12 @@ class UnionLayer(nn.Module, BaseTunerLayer):
             parameter.requires_grad_(old is None or old.requires_grad)
             container[adapter] = parameter
 
+    def active_branches(self) -> list[tuple[str, Branch]]:
+        """(adapter, module) of all that act now; none while disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [(a, b) for a in self.active_adapters for b in self.branches.get(a, {}).values()]
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.branches.pop(adapter_name, None)
@@ -172,11 +182,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        active = [
-            (name, branch)
-            for name in self.active_adapters
-            for branch in self.branches.get(name, {}).values()
-        ]
+        active = self.active_branches()
         at = {stage: [a for a in active if stage in a[1].stages] for stage in STAGES}
         shifted = x
         for name, branch in at["input"]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunepeft.errors import CheckpointError, ConfigError, SiteError
 from prunepeft.kinds import slot_kind
 from prunepeft.space import Placement, Site, Slot
+from prunepeft.supernet.attention import carry, check_attention, release
 from prunepeft.supernet.layer import PREFIX, Branch, InputTap, UnionLayer
 
 
@@ -99,6 +100,9 @@ class UnionModel(BaseTuner):
                 else modules[path]
             )
             _check_dims(path, site, base)
+            if any("attention" in slot_kind(slot).stages(s) for slot, s, _ in entries):
+                parent = path.rpartition(".")[0]
+                check_attention(modules[parent], parent)
 
     @staticmethod
     def _check_target_module_exists(peft_config: UnionConfig, key: str) -> bool:
@@ -122,6 +126,8 @@ class UnionModel(BaseTuner):
             layer.add(adapter_name, branch, peft_config.init_seed)
             if kind.needs_source and layer.tap is None:
                 layer.tap = _tap(self.model, site.source)
+            if "attention" in branch.stages:
+                carry(parent)
         if adapter_name not in self.active_adapters:
             for branch in layer.branches[adapter_name].values():
                 for parameter in layer.params(adapter_name, branch.kind.name).values():
@@ -134,6 +140,10 @@ class UnionModel(BaseTuner):
     ) -> None:
         """Put a module in its place; nothing is moved, the layers share their tensors."""
         setattr(parent, child_name, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        release(self.model)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -158,6 +168,7 @@ class UnionModel(BaseTuner):
                 if isinstance(hook, InputTap):
                     del module._forward_pre_hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+        release(model)
         return model
 
     @classmethod

@@ -156,6 +156,11 @@ class KindContract:
         gone = torch.tensor([i for i in range(self.size) if i not in keep])
         shrink_slot(cut, slot_id, keep)
         for layer, name in slot_layers(masked)[slot_id]:
+            if "attention" in kind.stages(layer.branches["default"][name].site):
+                # A token of zeros still takes attention away from the others.
+                mask = torch.ones(self.size).index_fill(0, gone, 0.0)
+                layer.branches["default"][name].gate = mask
+                continue
             for tensor, parameter in layer.params("default", name).items():
                 for axis in kind.rank_axes(tensor, parameter):
                     parameter.data.index_fill_(axis, gone, 0.0)
