@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from prunepeft.errors import UnknownNameError
 from prunepeft.registry import unknown_name
 
-KIND_NAMES = ("lora", "dora", "ia3", "serial_adapter", "parallel_adapter")
+KIND_NAMES = ("lora", "dora", "ia3", "serial_adapter", "parallel_adapter", "bitfit", "lnfit")
 PAPER_CRITERION_NAMES = (
     "minimum_weight",
     "zeros",

@@ -11,8 +11,10 @@ from prunepeft.kinds.base import (
     slot_cost,
     slot_kind,
 )
+from prunepeft.kinds.bitfit import BitFit
 from prunepeft.kinds.dora import Dora
 from prunepeft.kinds.ia3 import Ia3
+from prunepeft.kinds.lnfit import LnFit
 from prunepeft.kinds.lora import Lora
 from prunepeft.kinds.parallel_adapter import ParallelAdapter
 from prunepeft.kinds.serial_adapter import SerialAdapter
@@ -22,12 +24,16 @@ KINDS.register("dora", Dora)
 KINDS.register("ia3", Ia3)
 KINDS.register("serial_adapter", SerialAdapter)
 KINDS.register("parallel_adapter", ParallelAdapter)
+KINDS.register("bitfit", BitFit)
+KINDS.register("lnfit", LnFit)
 
 __all__ = [
     "KINDS",
+    "BitFit",
     "Dora",
     "Ia3",
     "Kind",
+    "LnFit",
     "Lora",
     "ParallelAdapter",
     "SerialAdapter",
