@@ -23,7 +23,8 @@ class LnFit(Kind):
     References:
         LN-tuning, 2022, arXiv 2211.08682 (scale and bias). Tuning LayerNorm in attention, 2023,
         arXiv 2312.11420. S3Delta, 2022, arXiv 2206.07382, has the scale alone. Differs from
-        released code: that trains the scale itself, or adds a vector to it.
+        released code: that trains the scale itself or a vector added to it, and in some the norm
+        after the last layer too.
     """
 
     name: ClassVar[str] = "lnfit"

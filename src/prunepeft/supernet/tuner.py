@@ -148,8 +148,9 @@ class UnionModel(BaseTuner):
         bad = sorted({k.name for k in kinds if not k.mergeable})
         if bad:
             raise ConfigError(
-                f"the adapter holds {', '.join(bad)}, which cannot be merged into a linear layer; "
-                "keep the adapter as it is, or search with mergeable kinds only (lora, dora, ia3)."
+                f"the adapter holds {', '.join(bad)}, which cannot be merged into a layer; "
+                "keep the adapter as it is, or search with mergeable kinds only (`prunepeft ls "
+                "kinds` shows them)."
             )
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
