@@ -46,7 +46,7 @@ def make_space(
         UnknownNameError: if a kind or an option is unknown.
         ConfigError: if a setting names a kind that is not among `kinds`, a size is not allowed or
             a role is in two groups.
-        SiteError: if a role group matches no site.
+        SiteError: if a kind fits no site, or a role group matches none.
     """
     sizes, options, roles = sizes or {}, options or {}, roles or {}
     _check_kinds(kinds, {"sizes": sizes, "options": options, "roles": roles})
@@ -159,6 +159,10 @@ def _slots(
     groups = [tuple(group) for group in (made.roles if roles is None else roles)]
     _check_roles(groups, sites, kind)
     usable = [s for s in sites if made.fits(s)]
+    if not usable:
+        raise SiteError(
+            f"{kind!r} needs {made.home}, and no block of this model has one; take it out of kinds."
+        )
     blocks: dict[tuple[str, int, str], list[Site]] = {}
     for site in usable:
         blocks.setdefault((site.stack, site.layer, site.block), []).append(site)

@@ -96,7 +96,7 @@ def estimate_memory(config: RunConfig, sites: Sequence[Site], n_base: int, train
     width = 2 if config.precision == "bf16" else 4
     layers = len({(s.stack, s.layer) for s in sites})
     hidden = max((s.d_out for s in sites if s.role in ("o", "down", "other")), default=0)
-    wide = sum(s.d_out for s in sites)
+    wide = sum(s.d_out for s in sites if s.role != "norm")
     length = config.train.max_length or 128
     rows = math.ceil(config.train.batch_size / config.train.gradient_accumulation)
     per_token = (2 * wide + 8 * hidden * layers) * width

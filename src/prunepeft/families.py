@@ -28,7 +28,14 @@ def _attention(prefix: str, o: str = "o_proj", block: str = "attention") -> Name
 
 
 def _bert(prefix: str, block: str) -> Names:
-    return _names(block, prefix, q="self.query", k="self.key", v="self.value", o="output.dense")
+    attention = _names(block, prefix, q="self.query", k="self.key", v="self.value")
+    return attention | _names(block, prefix, o="output.dense", norm="output.LayerNorm")
+
+
+def _norms(attention: str, ffn: str) -> Names:
+    """The normalisation layers before or after each sub-layer, or inside it."""
+    where = {"attention": attention, "ffn": ffn}
+    return {name: (block, "norm") for block, names in where.items() for name in names.split()}
 
 
 _GATED = _names("ffn", "mlp.", up="up_proj", gate="gate_proj", down="down_proj")
@@ -36,7 +43,9 @@ _FUSED_GATED = _names("ffn", "mlp.", fused_gate_up="gate_up_proj", down="down_pr
 _PLAIN = _names("ffn", "mlp.", up="fc1", down="fc2")
 _GPT_MLP = _names("ffn", "mlp.", up="c_fc", down="c_proj")
 _WIDE = _names("ffn", "mlp.", up="dense_h_to_4h", down="dense_4h_to_h")
-_BERT_FFN = _names("ffn", "", up="intermediate.dense", down="output.dense")
+_BERT_FFN = _names("ffn", "", up="intermediate.dense", down="output.dense", norm="output.LayerNorm")
+_PRE_NORMS = _norms("input_layernorm", "post_attention_layernorm")
+_QK_NORMS = _norms("self_attn.q_norm self_attn.k_norm", "")
 
 _BERT = {
     **_bert("attention.", "attention"),
@@ -45,39 +54,71 @@ _BERT = {
 }
 _DEBERTA = {
     **_names("attention", "attention.self.", q="query_proj", k="key_proj", v="value_proj"),
-    **_names("attention", "attention.", o="output.dense"),
+    **_names("attention", "attention.", o="output.dense", norm="output.LayerNorm"),
     **_names("attention", "attention.self.pos_", other="key_proj"),
     **_names("attention", "attention.self.pos_", other="query_proj"),
     **_BERT_FFN,
 }
-_MPNET = {**_names("attention", "attention.attn.", q="q", k="k", v="v", o="o"), **_BERT_FFN}
+_MPNET = {
+    **_names("attention", "attention.attn.", q="q", k="k", v="v", o="o"),
+    **_names("attention", "attention.", norm="LayerNorm"),
+    **_BERT_FFN,
+}
 _DISTILBERT = {
     **_names("attention", "attention.", q="q_lin", k="k_lin", v="v_lin", o="out_lin"),
     **_names("ffn", "ffn.", up="lin1", down="lin2"),
+    **_norms("sa_layer_norm", "output_layer_norm"),
 }
 _MODERNBERT = {
     **_names("attention", "attn.", fused_qkv="Wqkv", o="Wo"),
     **_names("ffn", "mlp.", fused_gate_up="Wi", down="Wo"),
+    **_norms("attn_norm", "mlp_norm"),
 }
 _GPT2 = {
     **_names("attention", "attn.", fused_qkv="c_attn", o="c_proj"),
     **_names("cross_attention", "crossattention.", q="q_attn", other="c_attn", o="c_proj"),
+    **_names("cross_attention", "", norm="ln_cross_attn"),
     **_GPT_MLP,
+    **_norms("ln_1", "ln_2"),
 }
 _BART = {
     **_attention("self_attn.", "out_proj"),
     **_attention("encoder_attn.", "out_proj", "cross_attention"),
     **_names("ffn", "", up="fc1", down="fc2"),
+    **_norms("self_attn_layer_norm", "final_layer_norm"),
+    **_names("cross_attention", "", norm="encoder_attn_layer_norm"),
 }
-_LLAMA = {**_attention("self_attn."), **_GATED}
-_STARCODER = {**_attention("self_attn."), **_GPT_MLP}
-_PHI = {**_attention("self_attn.", "dense"), **_PLAIN}
-_PHI3 = {**_names("attention", "self_attn.", fused_qkv="qkv_proj", o="o_proj"), **_FUSED_GATED}
-_NEOX = {**_names("attention", "attention.", fused_qkv="query_key_value", o="dense"), **_WIDE}
-_BLOOM = {**_names("attention", "self_attention.", fused_qkv="query_key_value", o="dense"), **_WIDE}
+_LLAMA = {**_attention("self_attn."), **_GATED, **_PRE_NORMS, **_QK_NORMS}
+# Here post_attention_layernorm does follow the attention; elsewhere it opens the feed-forward.
+_SANDWICH = {
+    **_LLAMA,
+    **_norms("post_attention_layernorm", "pre_feedforward_layernorm post_feedforward_layernorm"),
+}
+_STARCODER = {**_attention("self_attn."), **_GPT_MLP, **_PRE_NORMS}
+_PHI = {
+    **_attention("self_attn.", "dense"),
+    **_PLAIN,
+    **_norms("input_layernorm self_attn.q_layernorm self_attn.k_layernorm", ""),
+}
+_PHI3 = {
+    **_names("attention", "self_attn.", fused_qkv="qkv_proj", o="o_proj"),
+    **_FUSED_GATED,
+    **_PRE_NORMS,
+}
+_NEOX = {
+    **_names("attention", "attention.", fused_qkv="query_key_value", o="dense"),
+    **_WIDE,
+    **_PRE_NORMS,
+}
+_BLOOM = {
+    **_names("attention", "self_attention.", fused_qkv="query_key_value", o="dense"),
+    **_WIDE,
+    **_PRE_NORMS,
+}
 _VIT = {
     **_attention("attention."),
     **_PLAIN,
+    **_norms("layernorm_before norm1", "layernorm_after norm2"),
     # transformers before 5.9
     **_names("attention", "attention.attention.", q="query", k="key", v="value"),
     **_names("attention", "attention.", o="output.dense"),
@@ -92,6 +133,9 @@ def _t5(ffn_index: int) -> Names:
         **_names("cross_attention", "layer.1.EncDecAttention.", q="q", k="k", v="v", o="o"),
         **_names("ffn", ffn, up="wi", down="wo"),
         **_names("ffn", ffn, gate="wi_0", up="wi_1"),  # act(wi_0 x) * (wi_1 x)
+        **_names("attention", "layer.0.", norm="layer_norm"),
+        **_names("cross_attention", "layer.1.", norm="layer_norm"),
+        **_names("ffn", f"layer.{ffn_index}.", norm="layer_norm"),  # layer 1 in an encoder
     }
 
 
@@ -118,9 +162,10 @@ FAMILIES: Mapping[str, tuple[Stack, ...]] = {
     **_family("bloom", Stack("decoder", "h", _BLOOM)),
     **_family("opt", Stack("decoder", "decoder.layers", _BART)),
     **_family(
-        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 cohere granite stablelm",
+        "llama mistral qwen2 qwen3 gemma olmo cohere granite stablelm",
         Stack("decoder", "layers", _LLAMA),
     ),
+    **_family("gemma2 gemma3_text olmo2", Stack("decoder", "layers", _SANDWICH)),
     **_family("starcoder2", Stack("decoder", "layers", _STARCODER)),
     **_family("gpt_neox", Stack("decoder", "layers", _NEOX)),
     **_family("phi", Stack("decoder", "layers", _PHI)),

@@ -1,4 +1,4 @@
-"""Find the linear layers of a transformer that can carry modules."""
+"""Find the layers of a transformer that can carry modules: linear and normalisation layers."""
 
 import logging
 import re
@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -28,7 +28,7 @@ class _Blocks(NamedTuple):
 
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
-    """Find every linear layer of every repeated block, in the order of the model.
+    """Find every linear and normalisation layer of every repeated block, in the order of the model.
 
     The names of known families are looked up in `FAMILIES`. For any other model the lists of equal
     blocks are taken, roles come from names that say so, and a warning shows what was found.
@@ -56,7 +56,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
         raise SiteError(_nothing_found(model))
     if guessed:
         logger.warning(
-            "%s has linear layers of no known family; roles guessed from their names:\n%s",
+            "%s has layers of no known family; roles guessed from their names:\n%s",
             type(model).__name__,
             describe_sites(guessed),
         )
@@ -108,6 +108,20 @@ def linear_dims(module: nn.Module) -> tuple[int, int] | None:
         return None
     dims = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return dims if all(isinstance(d, int) for d in dims) else None
+
+
+def norm_width(module: nn.Module) -> int | None:
+    """Return the width of a layer norm or RMS norm with a trained scale; None for others."""
+    weight = getattr(module, "weight", None)
+    if not re.search(r"(layer|rms)_?norm$", type(module).__name__, re.IGNORECASE):
+        return None
+    return len(weight) if isinstance(weight, nn.Parameter) and weight.ndim == 1 else None
+
+
+def layer_dims(module: nn.Module) -> tuple[int, int] | None:
+    """Return (d_in, d_out) of a layer that can be a site; None for others."""
+    width = norm_width(module)
+    return (width, width) if width else linear_dims(module)
 
 
 def _known_blocks(model: nn.Module) -> list[_Blocks]:
@@ -168,10 +182,17 @@ def _read_sites(found: Sequence[_Blocks]) -> tuple[tuple[Site, ...], list[Site]]
 
 def _layer_sites(module: nn.Module, prefix: str, base: Site, stack: Stack) -> Iterator[Site]:
     for name, child in module.named_modules():
-        if dims := linear_dims(child):
+        if dims := layer_dims(child):
             block, role = stack.names.get(name) or guess_role(name)
-            path = f"{prefix}.{name}"
-            yield replace(base, path=path, block=block, role=role, d_in=dims[0], d_out=dims[1])
+            yield replace(
+                base,
+                path=f"{prefix}.{name}",
+                block=block,
+                role="norm" if norm_width(child) else role,
+                d_in=dims[0],
+                d_out=dims[1],
+                has_bias=isinstance(getattr(child, "bias", None), Tensor),
+            )
 
 
 def _with_sources(layer: list[Site], stack: Stack) -> list[Site]:

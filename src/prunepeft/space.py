@@ -9,7 +9,7 @@ from typing import Any
 from prunepeft.errors import ConfigError
 
 BLOCKS = ("attention", "cross_attention", "ffn")
-ROLES = ("q", "k", "v", "fused_qkv", "o", "up", "gate", "fused_gate_up", "down", "other")
+ROLES = ("q", "k", "v", "fused_qkv", "o", "up", "gate", "fused_gate_up", "down", "norm", "other")
 DEPTH_EDGES = (0.2, 0.5, 0.8)  # [0, 20%), [20%, 50%), [50%, 80%), [80%, 100%]
 FORMAT_VERSION = 1
 MAX_SLOTS = 100_000
@@ -18,7 +18,7 @@ MAX_SIZE = 65_536
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A linear layer of the base model that can carry a module.
+    """A layer of the base model that can carry a module: a linear layer, or a normalisation layer.
 
     Attributes:
         path: Full module path in the base model, e.g. `encoder.layer.3.output.dense`.
@@ -26,11 +26,12 @@ class Site:
         layer: Index of the repeated block in its stack, from 0.
         n_layers: Number of blocks in that stack.
         block: `attention`, `cross_attention` or `ffn`.
-        role: One of `ROLES`. `o` and `down` write the sub-layer's output.
-        d_in: Input features of the linear layer.
-        d_out: Output features.
+        role: One of `ROLES`. `o` and `down` write the sub-layer's output; `norm` normalises.
+        d_in: Input features of the layer.
+        d_out: Output features; at `norm` the width, as d_in.
         source: On `o` and `down`, the path of a linear layer that reads the sub-layer's input
             (a parallel adapter starts there); empty elsewhere.
+        has_bias: Whether the layer adds a bias.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Site:
     d_in: int
     d_out: int
     source: str = ""
+    has_bias: bool = False
 
     @property
     def depth_block(self) -> int:
@@ -254,7 +256,7 @@ def _site_from_dict(data: Any) -> Site:
     names = tuple(f.name for f in fields(Site))
     if not isinstance(data, Mapping):
         raise ConfigError(f"a site must be a mapping; got {type(data).__name__}.")
-    _check_keys("site", data, names[:-1], ("source",))
+    _check_keys("site", data, names[:-2], names[-2:])
     site = Site(**data)
     for name in ("path", "stack", "block", "role", "source"):
         value = getattr(site, name)
@@ -267,6 +269,8 @@ def _site_from_dict(data: Any) -> Site:
     for name in ("layer", "n_layers", "d_in", "d_out"):
         if not _is_int(getattr(site, name)) or not 0 <= getattr(site, name) < 2**31:
             raise ConfigError(f"site.{name} must be a whole number; got {getattr(site, name)!r}.")
+    if not isinstance(site.has_bias, bool):
+        raise ConfigError(f"site.has_bias must be true or false; got {site.has_bias!r}.")
     if not site.layer < site.n_layers:
         raise ConfigError(
             f"site {site.path}: layer {site.layer} of {site.n_layers} does not exist."

@@ -268,15 +268,20 @@ def test_other_kinds_peft_knows(tmp_path, name, kind, peft_type):
         export_adapter(adapter, tmp_path / "serve", "serve")
 
 
-def test_mergeable_mix_merges_and_stays_a_union(tmp_path):
-    placement = full("llama", ("lora", "ia3", "dora"), sizes={"lora": 2, "dora": 2}, roles={})
-    adapter, logits = make_adapter(tmp_path, "llama", placement)
+MIXES = {"llama": ("lora", "ia3", "dora", "lnfit"), "bert": ("lora", "bitfit", "lnfit")}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_mergeable_mix_merges_and_stays_a_union(tmp_path, name):
+    sizes = {kind: 2 for kind in MIXES[name] if kind in ("lora", "dora")}
+    placement = full(name, MIXES[name], sizes=sizes, roles={})
+    adapter, logits = make_adapter(tmp_path, name, placement)
     export_adapter(adapter, tmp_path / "merged", "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    merged = AUTO[TASKS[name]].from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
-        assert error(merged(**tiny_inputs("llama", merged)).logits, logits) < 1e-4
+        assert error(merged(**tiny_inputs(name, merged)).logits, logits) < 1e-4
     export_adapter(adapter, tmp_path / "peft", "peft")
-    assert error(logits_of(tmp_path / "peft", "llama"), logits) == 0
+    assert error(logits_of(tmp_path / "peft", name), logits) == 0
 
 
 @pytest.mark.parametrize("name", ["roberta", "distilbert"])

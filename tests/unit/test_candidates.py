@@ -95,12 +95,14 @@ def test_order_of_a_group_is_the_order_of_its_sites(sites):
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_kind_fits_every_family(name, sites):
-    space = make_space(sites[name], KINDS.names())
-    assert {slot.kind for slot in space} == set(KINDS.names())
+    kinds = [k for k in KINDS.names() if k != "bitfit" or any(s.has_bias for s in sites[name])]
+    space = make_space(sites[name], kinds)
+    assert {slot.kind for slot in space} == set(kinds)
     assert len(set(ids(space))) == len(space)
     assert count_params(space.full()) > 0
     for slot in space:
         kind = KINDS.get(slot.kind)
+        assert slot.kind in ("bitfit", "lnfit") or all(s.role != "norm" for s in slot.sites)
         if kind.needs_source:
             assert all(site.source for site in slot.sites)
         if not kind.sized:
@@ -111,6 +113,39 @@ def test_kinds_that_need_a_source_skip_sites_without(sites):
     no_source = [replace(s, source="") if s.layer == 0 else s for s in sites["bert"]]
     space = make_space(no_source, ["parallel_adapter"])
     assert {slot.layer for slot in space} == {1}
+
+
+def test_biases_of_a_block_are_one_module(sites):
+    assert first_layer(make_space(sites["bert"], ["bitfit", "lnfit"])) == [
+        "encoder.0.attention.q+k+v+o+norm:bitfit",
+        "encoder.0.ffn.up+down+norm:bitfit",
+        "encoder.0.attention.norm:lnfit",
+        "encoder.0.ffn.norm:lnfit",
+    ]
+    assert first_layer(make_space(sites["gpt2"], ["bitfit"])) == [
+        "decoder.0.attention.fused_qkv+o+norm:bitfit",
+        "decoder.0.ffn.up+down+norm:bitfit",
+    ]
+    assert first_layer(make_space(sites["qwen2"], ["bitfit"])) == [
+        "decoder.0.attention.q+k+v:bitfit"
+    ]
+    alone = make_space(sites["bert"], ["bitfit"], roles={"bitfit": [["norm"], ["q"]]})
+    assert first_layer(alone) == [
+        "encoder.0.attention.norm:bitfit",
+        "encoder.0.attention.q:bitfit",
+        "encoder.0.ffn.norm:bitfit",
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_biases_of_a_model_without_any_are_refused(name, sites):
+    with pytest.raises(SiteError, match=r"'bitfit' needs a layer with a bias, .* out of kinds\."):
+        make_space(sites[name], ["lora", "bitfit"])
+
+
+def test_linear_kinds_do_not_go_on_norms(sites):
+    with pytest.raises(SiteError, match=r"norm that 'lora' can use; roles present: q, k, .*down\."):
+        make_space(sites["bert"], ["lora"], roles={"lora": [["q"], ["norm"]]})
 
 
 def test_settings_per_kind(sites):
@@ -241,7 +276,7 @@ def test_lora_baseline_with_a_rank_and_alpha(sites):
 def test_lora_on_all_roles_reaches_every_layer(name, sites):
     placement = make_lora_baseline(sites[name], 10**6, rank=1, roles=LORA_ALL_ROLES)
     used = [site.path for slot in placement for site in slot.sites]
-    assert sorted(used) == sorted(s.path for s in sites[name])
+    assert sorted(used) == sorted(s.path for s in sites[name] if s.role != "norm")
     assert all(len(slot.sites) == 1 for slot in placement)
     space = make_space(sites[name], ["lora"], roles={"lora": LORA_ALL_ROLES})
     assert set(ids(space)) == set(placement.ids)

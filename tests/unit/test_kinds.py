@@ -1,6 +1,7 @@
 """The kinds against numbers worked by hand, their sizes, first values and options."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from prunepeft.space import Site, Slot
 from prunepeft.testing.host import PlainHost
 
 SITE = Site("layer.0.down", "encoder", 0, 2, "ffn", "down", 3, 2, source="layer.0.up")
+NORM = Site("layer.0.norm", "encoder", 0, 2, "attention", "norm", 5, 5)
 INNER = Site("layer.0.q", "encoder", 0, 2, "attention", "q", 3, 2)
 
 
@@ -142,6 +144,9 @@ def test_dora_stays_finite_on_a_zero_row() -> None:
         ("ia3", INNER, 2),
         ("serial_adapter", SITE, 2 * 4 * 2 + 4 + 2),
         ("parallel_adapter", SITE, 2 * 4 * 2 + 4 + 2),
+        ("bitfit", SITE, 2),
+        ("lnfit", NORM, 5),
+        ("lnfit", replace(NORM, has_bias=True), 10),
     ],
 )
 def test_parameter_count_by_hand(kind: str, site: Site, expected: int) -> None:

@@ -48,7 +48,7 @@ def test_unknown_model_falls_back_to_structure_and_says_so(caplog):
         ("tower.2.feed.fc2", "encoder", "ffn", "down", 9, 6, "tower.2.feed.fc1"),
     ]
     assert {s.n_layers for s in sites} == {3}
-    assert "OddModel has linear layers of no known family" in caplog.text
+    assert "OddModel has layers of no known family" in caplog.text
     assert "tower.*.feed.zap" in caplog.text
 
 
@@ -79,7 +79,8 @@ def test_a_linear_layer_the_family_does_not_name_is_reported(caplog):
     for layer in model.layers:
         layer.mlp.router = nn.Linear(16, 2)
     sites = find_sites(model)
-    assert len(sites) == 8 * LAYERS
+    assert len([s for s in sites if s.role != "norm"]) == 8 * LAYERS
+    assert len([s for s in sites if s.role == "norm"]) == 2 * LAYERS
     assert [s.role for s in sites if s.path.endswith("router")] == ["other"] * LAYERS
     assert "layers.*.mlp.router" in caplog.text
     assert "q_proj" not in caplog.text
@@ -100,8 +101,9 @@ def test_known_part_of_a_larger_model_is_used_and_the_rest_reported(caplog):
 def test_layers_whose_weight_is_read_by_the_attention_around_them_are_no_sites():
     layer = nn.TransformerEncoderLayer(8, 2, 16)
     sites = find_sites(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
-    assert [s.path for s in sites if s.layer == 0] == ["layers.0.linear1", "layers.0.linear2"]
-    assert [s.role for s in sites if s.layer == 0] == ["up", "down"]
+    names = [s.path.removeprefix("layers.0.") for s in sites if s.layer == 0]
+    assert names == ["linear1", "linear2", "norm1", "norm2"]
+    assert [s.role for s in sites if s.layer == 0] == ["up", "down", "norm", "norm"]
 
 
 def test_older_names_of_vit_are_known(caplog):
@@ -171,8 +173,13 @@ def test_table_is_aligned_and_has_one_row_per_name():
     header, *rows = text.splitlines()
     assert header.split() == ["stack", "block", "role", "d_in", "d_out", "path", "layers"]
     assert rows[1].split() == ["decoder", "attention", "k", "16", "8", *_last("k_proj")]
-    assert len(rows) == 7
+    assert rows[-1].split() == ["decoder", "ffn", "norm", "16", "16", _norm_path(), "0-1"]
+    assert len(rows) == 9
     assert {row.index("layers.*") for row in rows} == {header.index("path")}
+
+
+def _norm_path():
+    return "layers.*.post_attention_layernorm"
 
 
 def _last(name):

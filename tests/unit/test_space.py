@@ -148,6 +148,7 @@ HOSTILE_SITES = {
     "d_in": [-1, 2**31, 10**18, 8.0, float("inf"), "8", False],
     "d_out": [-1, 2**31, float("nan"), []],
     "source": ["..", "\0", 1, None],
+    "has_bias": [1, 0, "true", None, []],
 }
 CASES = [(key, value) for key, values in HOSTILE_SITES.items() for value in values]
 
@@ -226,6 +227,15 @@ def test_unknown_and_missing_keys_are_named():
     del slot_of(data)["sites"][0]["layer"]
     with pytest.raises(ConfigError, match=r"missing keys \['layer'\], unknown keys \['weight'"):
         Placement.from_dict(data)
+
+
+def test_a_site_written_before_biases_were_known_is_read():
+    data = good()
+    for site in slot_of(data)["sites"]:
+        del site["has_bias"]
+    assert Placement.from_dict(data) == Placement.from_dict(good())
+    slot_of(data)["sites"][0]["has_bias"] = True
+    assert Placement.from_dict(data) != Placement.from_dict(good())
 
 
 def test_the_same_slot_twice_is_refused():

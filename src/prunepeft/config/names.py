@@ -25,6 +25,8 @@ KIND_NAMES = (
     "loretta_adp",
     "loretta_rep",
     "prefix",
+    "bitfit",
+    "lnfit",
 )
 PAPER_CRITERION_NAMES = (
     "minimum_weight",

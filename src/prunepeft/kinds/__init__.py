@@ -12,9 +12,11 @@ from prunepeft.kinds.base import (
     slot_cost,
     slot_kind,
 )
+from prunepeft.kinds.bitfit import BitFit
 from prunepeft.kinds.dora import Dora
 from prunepeft.kinds.ether import Ether, EtherPlus
 from prunepeft.kinds.ia3 import Ia3
+from prunepeft.kinds.lnfit import LnFit
 from prunepeft.kinds.lora import Lora
 from prunepeft.kinds.loretta_adp import LorettaAdp
 from prunepeft.kinds.loretta_rep import LorettaRep
@@ -38,15 +40,19 @@ KINDS.register("alore", Alore)
 KINDS.register("loretta_adp", LorettaAdp)
 KINDS.register("loretta_rep", LorettaRep)
 KINDS.register("prefix", Prefix)
+KINDS.register("bitfit", BitFit)
+KINDS.register("lnfit", LnFit)
 
 __all__ = [
     "KINDS",
     "Alore",
+    "BitFit",
     "Dora",
     "Ether",
     "EtherPlus",
     "Ia3",
     "Kind",
+    "LnFit",
     "Lora",
     "LowRankAdapter",
     "LorettaAdp",

@@ -1,6 +1,7 @@
 """What a kind of PEFT module is: a frozen dataclass of options with pure functions of tensors.
 
-Every kind is a residual change at one site (a linear layer): it returns what to ADD.
+Every kind is a residual change at one site (a linear layer; some sit on a normalisation layer): it
+returns what to ADD.
 
     stage "input"   x  <- x + delta(x)          before the frozen layer
     stage "product" Wx <- Wx + delta(Wx)        after its weight, before its bias (ETHER, SSB)
@@ -40,10 +41,10 @@ class Host(Protocol):
     training: bool
 
     def frozen_weight(self) -> Tensor:
-        """The frozen weight, (d_out, d_in), dequantised if need be."""
+        """The frozen weight, (d_out, d_in), dequantised if need be; (d_out,) at a norm."""
 
     def frozen_linear(self, x: Tensor) -> Tensor:
-        """x W^T without the bias, (..., d_out)."""
+        """What the layer makes of x without its bias: x W^T, or the norm, (..., d_out)."""
 
     def sublayer_input(self) -> Tensor:
         """What the sub-layer read in this forward pass, (..., D)."""
@@ -61,6 +62,7 @@ class Kind(ABC):
         sized: False for kinds without a size (their only size is 1).
         max_default_size: Largest size chosen where none is given.
         needs_source: True if it reads the sub-layer's input (only at `o` and `down` sites).
+        home: What `fits` asks for, in words that follow "needs".
     """
 
     name: ClassVar[str]
@@ -71,6 +73,7 @@ class Kind(ABC):
     max_default_size: ClassVar[int] = 64
     needs_source: ClassVar[bool] = False
     shrink_axes: ClassVar[Mapping[str, int | tuple[int, ...]]] = {}
+    home: ClassVar[str] = "a linear layer"
     formula: ClassVar[str] = ""
 
     @abstractmethod
@@ -78,8 +81,8 @@ class Kind(ABC):
         """Where in the layer the module acts at this site: one or more of `STAGES`, in order."""
 
     def fits(self, site: Site) -> bool:
-        """Whether a site can carry this kind."""
-        return bool(site.source) or not self.needs_source
+        """Whether a site can carry this kind: any linear layer, if not overridden."""
+        return site.role != "norm" and (bool(site.source) or not self.needs_source)
 
     @abstractmethod
     def shapes(self, site: Site, size: int) -> dict[str, tuple[int, ...]]:
@@ -105,7 +108,7 @@ class Kind(ABC):
 
         Args:
             params: The module's tensors.
-            x: Input of the linear layer, (..., d_in).
+            x: Input of the layer, (..., d_in).
             y: What the stage changes: the output so far, (..., d_out); at "input" x itself. At
                 "attention", x and y are the keys and values of the tokens, (B, H_kv, S, d).
             scaling: Factor of the update, see `scaling`.
@@ -121,6 +124,8 @@ class Kind(ABC):
         self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, stage: str
     ) -> tuple[Tensor, Tensor | None]:
         """Weight (d_out, d_in) and bias (d_out,) of the one linear layer equal to layer + module.
+
+        At a norm the weight is its scale, (d_out,), whichever way the model stores it.
 
         Called once for each of the kind's stages; at "product" the bias must stay as it is. Kinds
         with `mergeable = False` never reach this.

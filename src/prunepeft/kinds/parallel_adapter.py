@@ -26,6 +26,7 @@ class ParallelAdapter(Bottleneck):
     name: ClassVar[str] = "parallel_adapter"
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("down",),)
     needs_source: ClassVar[bool] = True
+    home: ClassVar[str] = "a layer that writes a sub-layer's output (role o or down)"
 
     def stages(self, site: Site) -> tuple[str, ...]:
         if not site.source:

@@ -32,6 +32,7 @@ class Prefix(Kind):
     name: ClassVar[str] = "prefix"
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("v",),)
     shrink_axes: ClassVar[Mapping[str, int]] = {"keys": 0, "values": 0}
+    home: ClassVar[str] = "a self-attention with a value layer, or with a fused one of equal heads"
     formula: ClassVar[str] = "2 R d_kv"
 
     init_std: float = 0.02

@@ -1,4 +1,4 @@
-"""One wrapper per linear layer: the frozen layer plus every module that sits on it."""
+"""One wrapper per layer: the frozen linear or normalisation layer plus every module on it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from prunepeft.errors import StateError
 from prunepeft.kinds.base import STAGES, Kind, seeded
+from prunepeft.sites import norm_width
 from prunepeft.space import Site
+from prunepeft.supernet.norm_scale import scale_offset
 
 PREFIX = "union_"
 
@@ -79,7 +81,7 @@ class InputTap:
 
 
 class UnionLayer(nn.Module, BaseTunerLayer):
-    """A frozen linear layer and its modules, which act in the order of `STAGES`.
+    """A frozen linear or normalisation layer and its modules, in the order of `STAGES`.
 
     Those of stage "attention" act in the attention around the layer, see `supernet.attention`.
     """
@@ -95,6 +97,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         self._kept: tuple[Tensor, Tensor | None] | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
         self.is_transposed = isinstance(base_layer, Conv1D)
+        self.is_norm = norm_width(base_layer) is not None
 
     # --- structure -------------------------------------------------------------------------
 
@@ -157,7 +160,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         return weight.T if self.is_transposed else weight
 
     def frozen_linear(self, x: Tensor) -> Tensor:
-        if self._seen is not None and self._seen[0] is x:
+        if self._seen is not None and (self._seen[0] is x or self.is_norm):
             bias = getattr(self.get_base_layer(), "bias", None)
             return self._seen[1] if bias is None else self._seen[1] - bias
         return F.linear(x, self.frozen_weight().to(x.dtype))
@@ -257,6 +260,9 @@ class UnionLayer(nn.Module, BaseTunerLayer):
     def _merged(self, adapters: list[str]) -> tuple[Tensor, Tensor | None]:
         wide = torch.float64 if self.frozen_weight().dtype == torch.float64 else torch.float32
         frozen = self.frozen_weight().to(wide)
+        offset = scale_offset(self.get_base_layer()) if self.is_norm else 0.0
+        if offset:
+            frozen = frozen + offset
         base_bias = _bias_of(self.get_base_layer())
         weight, bias = frozen, None if base_bias is None else base_bias.to(wide)
         active = [(a, b) for a in adapters for b in self.branches[a].values()]
@@ -270,7 +276,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
                     raise StateError("a gated module cannot be merged; set its gate back to 1.")
                 weight = weight + (new - start) if stage == "add" else new
                 bias = new_bias
-        return weight, bias
+        return weight - offset if offset else weight, bias
 
 
 def _attribute(kind: str, tensor: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunepeft.errors import CheckpointError, ConfigError, SiteError
 from prunepeft.kinds import slot_kind
+from prunepeft.sites import layer_dims, norm_width
 from prunepeft.space import Placement, Site, Slot
 from prunepeft.supernet.attention import carry, check_attention, release
 from prunepeft.supernet.layer import PREFIX, Branch, InputTap, UnionLayer
@@ -157,8 +158,9 @@ class UnionModel(BaseTuner):
         bad = sorted({k.name for k in kinds if not k.mergeable})
         if bad:
             raise ConfigError(
-                f"the adapter holds {', '.join(bad)}, which cannot be merged into a linear layer; "
-                "keep the adapter as it is, or search with mergeable kinds only (lora, dora, ia3)."
+                f"the adapter holds {', '.join(bad)}, which cannot be merged into a layer; "
+                "keep the adapter as it is, or search with mergeable kinds only (`prunepeft ls "
+                "kinds` shows them)."
             )
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -214,15 +216,22 @@ def _tap(model: nn.Module, source: str) -> InputTap:
 
 
 def _check_dims(path: str, site: Site, base: nn.Module) -> None:
-    weight = getattr(base, "weight", None)
-    d_in = getattr(base, "in_features", None) or getattr(base, "nx", None)
-    d_out = getattr(base, "out_features", None) or getattr(base, "nf", None)
-    if weight is None or d_in is None or d_out is None:
-        raise SiteError(f"{path!r} is a {type(base).__name__}; only linear layers carry modules.")
-    if (d_in, d_out) != (site.d_in, site.d_out):
+    dims = layer_dims(base)
+    if dims is None or getattr(base, "weight", None) is None:
         raise SiteError(
-            f"{path!r} maps {d_in} to {d_out} features in this model, but the placement was made "
-            f"for {site.d_in} to {site.d_out}. Load the base model it was searched on."
+            f"{path!r} is a {type(base).__name__}; only linear and normalisation layers carry "
+            "modules."
+        )
+    if dims != (site.d_in, site.d_out):
+        raise SiteError(
+            f"{path!r} maps {dims[0]} to {dims[1]} features in this model, but the placement was "
+            f"made for {site.d_in} to {site.d_out}. Load the base model it was searched on."
+        )
+    same_type = (norm_width(base) is not None) == (site.role == "norm")
+    if not same_type or (site.has_bias and getattr(base, "bias", None) is None):
+        raise SiteError(
+            f"{path!r} is a {type(base).__name__} here, but the placement was made for role "
+            f"{site.role!r}, bias: {site.has_bias}. Load the base model it was searched on."
         )
 
 

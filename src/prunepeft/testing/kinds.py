@@ -223,13 +223,13 @@ class KindContract:
         return copy.deepcopy(self.model).eval()
 
     def _placement(self) -> Placement:
-        """One slot on every feed-forward site, one tied over all sites of every attention."""
+        """One slot for every role of a feed-forward, one tied over all sites of every attention."""
         made = make_kind(self.kind, self.options)
         size = self.size if made.sized else 1
         homes: dict[tuple[Any, ...], list[Site]] = {}
         for site in find_sites(self.model):
             if made.fits(site):
-                own = (site.path,) if site.block == "ffn" else ()
+                own = (site.role,) if site.block == "ffn" else ()
                 homes.setdefault((site.stack, site.layer, site.block, *own), []).append(site)
         options = tuple(sorted(self.options.items()))
         slots = [Slot(tuple(sites), self.kind, (size,), options) for sites in homes.values()]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from prunepeft.errors import CheckpointError, ConfigError, SiteError
-from prunepeft.sites import linear_dims
+from prunepeft.sites import layer_dims
 from prunepeft.supernet.export.source import SavedAdapter
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def check_fit(adapter: SavedAdapter, model: nn.Module | None) -> str:
         return UNCHECKED
     modules = dict(model.named_modules())
     paths = {m.site.path: m.site for m in adapter.modules}
-    dims = {path: linear_dims(modules[path]) for path in paths if path in modules}
+    dims = {path: layer_dims(modules[path]) for path in paths if path in modules}
     fits = {path for path, site in paths.items() if dims.get(path) == (site.d_in, site.d_out)}
     missing = sorted(paths.keys() - fits)
     if missing:

@@ -49,7 +49,7 @@ def write_merged(request: Request, folder: Path) -> Written:
     if bad:
         raise ConfigError(
             f"the adapter holds {', '.join(bad)}, which no linear layer can take in; use the "
-            "format peft, or search with mergeable kinds (--kinds lora, dora or ia3)."
+            "format peft, or search with mergeable kinds (`prunepeft ls kinds` shows them)."
         )
     model, own_dtype = load_base(adapter, request.base)
     check_fit(adapter, model)
