@@ -13,7 +13,7 @@ from prunepeft._version import __version__
 if TYPE_CHECKING:
     from prunepeft.budget import Budget
     from prunepeft.callback import PruneCallback
-    from prunepeft.candidates import make_space
+    from prunepeft.candidates import make_space, place
     from prunepeft.criteria import CRITERIA
     from prunepeft.errors import PrunePeftError
     from prunepeft.kinds import KINDS
@@ -29,6 +29,7 @@ _WHERE = {
     "search": "prunepeft.run:search_model",
     "find_sites": "prunepeft.sites",
     "make_space": "prunepeft.candidates",
+    "place": "prunepeft.candidates",
     "attach": "prunepeft.supernet.attach",
     "detach": "prunepeft.supernet.attach",
     "placement_of": "prunepeft.supernet.attach",
@@ -50,6 +51,7 @@ __all__ = [
     "search",
     "find_sites",
     "make_space",
+    "place",
     "attach",
     "detach",
     "placement_of",

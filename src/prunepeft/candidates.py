@@ -1,12 +1,15 @@
 """Turn the sites of a model into a search space: which kinds may go where, and how large."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from prunepeft.errors import BudgetError, ConfigError, SiteError
 from prunepeft.kinds import KINDS, make_kind, n_params
-from prunepeft.registry import Registry, unknown_name
+from prunepeft.registry import unknown_name
+from prunepeft.sites import find_sites
 from prunepeft.space import ROLES, Placement, SearchSpace, Site, Slot
 
 Roles = Sequence[Sequence[str]]
@@ -63,6 +66,32 @@ def make_space(
     return SearchSpace(tuple(slots))
 
 
+def place(
+    model: nn.Module, kind: str, size: int | None = None, roles: Roles | None = None, **options: Any
+) -> Placement:
+    """Place one kind on a model, without a search: at its usual places or at these roles.
+
+    Args:
+        model: A plain model.
+        kind: Registered name.
+        size: Size of every module; 16 (8 for tensor trains) if not given.
+        roles: Groups of roles, as in `make_space`.
+        options: Options of the kind.
+    Raises:
+        PrunePeftError: see `make_space`.
+    Example:
+        >>> net = prunepeft.attach(model, prunepeft.place(model, "ether", blocks=4))
+        ... # doctest: +SKIP
+    """
+    return make_space(
+        find_sites(model),
+        (kind,),
+        sizes=None if size is None else {kind: size},
+        options={kind: options} if options else None,
+        roles=None if roles is None else {kind: roles},
+    ).full()
+
+
 def paper_space(sites: Sequence[Site]) -> SearchSpace:
     """Make the search space of the PrunePEFT paper: two modules in every layer.
 
@@ -79,11 +108,6 @@ def paper_space(sites: Sequence[Site]) -> SearchSpace:
         options={"lora": {"alpha": 32.0, "dropout": 0.1}, "serial_adapter": {"dropout": 0.1}},
         roles={"lora": (("q", "v"),), "serial_adapter": (("down",),)},
     )
-
-
-SPACES: Registry[Callable[..., SearchSpace]] = Registry("space")
-SPACES.register("default", make_space)
-SPACES.register("paper", paper_space)
 
 
 def make_lora_baseline(

@@ -5,10 +5,10 @@ import pytest
 
 from prunepeft.candidates import (
     LORA_ALL_ROLES,
-    SPACES,
     make_lora_baseline,
     make_space,
     paper_space,
+    place,
 )
 from prunepeft.errors import BudgetError, ConfigError, SiteError, UnknownNameError
 from prunepeft.kinds import KINDS, count_params
@@ -203,8 +203,6 @@ def test_unknown_names_are_refused(sites):
         make_space(sites["bert"], ["lora"], options={"lora": {"alfa": 1}})
     with pytest.raises(UnknownNameError, match="did you mean 'serial_adapter'"):
         make_space(sites["bert"], sizes={"serial_adaptr": 4})
-    with pytest.raises(UnknownNameError, match="Known: default, paper"):
-        SPACES.get("none")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +252,18 @@ def test_paper_space(sites):
     lora, adapter = space.slots[0], space.slots[-1]
     assert (lora.sizes, dict(lora.options)) == ((32,), {"alpha": 32.0, "dropout": 0.1})
     assert (adapter.sizes, dict(adapter.options)) == ((128,), {"dropout": 0.1})
-    assert SPACES.get("paper")(sites["roberta"]) == space
+
+
+def test_one_kind_is_placed_in_one_line():
+    model = TINY["bert"]()
+    placement = place(model, "ether_plus", blocks=2, roles=[("q",), ("down",)])
+    assert placement.ids == tuple(
+        f"encoder.{i}.{home}:ether_plus" for i in range(2) for home in ("attention.q", "ffn.down")
+    )
+    assert {slot.options for slot in placement} == {(("blocks", 2),)}
+    assert set(place(model, "lora", 3).sizes.values()) == {3}
+    with pytest.raises(UnknownNameError, match="did you mean 'blocks'"):
+        place(model, "ether", block=2)
 
 
 def test_lora_baseline_is_as_large_as_fits(sites):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from prunepeft.config import (
     CRITERION_NAMES,
     KIND_NAMES,
+    KIND_PRESETS,
     METHOD_NAMES,
     TASK_NAMES,
     RunConfig,
@@ -257,6 +258,18 @@ def _paths(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield prefix + key
         if isinstance(value, dict):
             yield from _paths(value, f"{prefix}{key}.")
+
+
+def test_presets_stand_for_their_kinds() -> None:
+    flags = {"model": "m", "data": "d", "budget": "1%"}
+    assert load_config(None, ["kinds=mam,ia3"], flags).kinds == [
+        "prefix",
+        "parallel_adapter",
+        "ia3",
+    ]
+    with pytest.raises(ConfigError, match="lora"):
+        load_config(None, ["kinds=unipelt,lora"], flags)  # twice
+    assert {k for kinds in KIND_PRESETS.values() for k in kinds} <= set(KIND_NAMES)
 
 
 def test_names_known_here_are_those_of_the_registries() -> None:

@@ -4,6 +4,7 @@ from prunepeft.config.load import load_config
 from prunepeft.config.model import (
     CRITERION_NAMES,
     KIND_NAMES,
+    KIND_PRESETS,
     METHOD_NAMES,
     TASK_NAMES,
     RunConfig,
@@ -15,6 +16,7 @@ from prunepeft.config.template import config_schema, template
 __all__ = [
     "CRITERION_NAMES",
     "KIND_NAMES",
+    "KIND_PRESETS",
     "METHOD_NAMES",
     "TASK_NAMES",
     "RunConfig",

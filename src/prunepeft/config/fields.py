@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from prunepeft.config.names import check_name
+from prunepeft.config.names import check_name, expand_presets
 from prunepeft.errors import ConfigError, UnknownNameError
 from prunepeft.registry import unknown_name
 
@@ -105,7 +105,11 @@ Method = Annotated[str, named("method")]
 TaskName = Annotated[str, named("task")]
 Mode = Annotated[str, AfterValidator(_mode)]
 Kinds = Annotated[
-    list[Kind], BeforeValidator(comma_list), Field(min_length=1), AfterValidator(_unique)
+    list[Kind],
+    BeforeValidator(expand_presets),
+    BeforeValidator(comma_list),
+    Field(min_length=1),
+    AfterValidator(_unique),
 ]
 Criteria = Annotated[
     list[Annotated[str, named("criterion")]],

@@ -27,6 +27,7 @@ from prunepeft.config.fields import (
 from prunepeft.config.names import (
     CRITERION_NAMES,
     KIND_NAMES,
+    KIND_PRESETS,
     METHOD_NAMES,
     PAPER_CRITERION_NAMES,
     TASK_NAMES,
@@ -36,6 +37,7 @@ from prunepeft.errors import ConfigError
 __all__ = [
     "CRITERION_NAMES",
     "KIND_NAMES",
+    "KIND_PRESETS",
     "METHOD_NAMES",
     "TASK_NAMES",
     "RunConfig",

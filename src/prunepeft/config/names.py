@@ -28,6 +28,11 @@ KIND_NAMES = (
     "bitfit",
     "lnfit",
 )
+# Unions of the literature, written as one name among the kinds.
+KIND_PRESETS = {
+    "mam": ("prefix", "parallel_adapter"),  # He et al., 2021, arXiv 2110.04366
+    "unipelt": ("lora", "prefix", "serial_adapter"),  # Mao et al., 2021, arXiv 2110.07577
+}
 PAPER_CRITERION_NAMES = (
     "minimum_weight",
     "zeros",
@@ -46,6 +51,19 @@ _KNOWN: Mapping[str, tuple[tuple[str, ...], str]] = {
     "method": (METHOD_NAMES, "prunepeft.methods"),
     "task": (TASK_NAMES, "prunepeft.tasks"),
 }
+
+
+def expand_presets(kinds: object) -> object:
+    """Replace presets in a list of kinds by what they stand for; anything else stays.
+
+    Example:
+        >>> expand_presets(["mam", "ia3"])
+        ['prefix', 'parallel_adapter', 'ia3']
+    """
+    if not isinstance(kinds, list):
+        return kinds
+    expanded = [KIND_PRESETS.get(k, (k,)) if isinstance(k, str) else (k,) for k in kinds]
+    return [kind for group in expanded for kind in group]
 
 
 def check_name(label: str, name: str) -> str:
