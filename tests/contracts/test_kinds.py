@@ -20,7 +20,10 @@ from tests.tiny_models import TINY, tiny_inputs
 
 MODELS = ("bert", "roberta", "gpt2", "llama", "qwen2", "opt", "t5", "vit")
 NORM_IS_CONSTANT = {"constants": ("A", "B")}  # see tests/unit/test_kinds_peft.py
+CORE = ("bert", "gpt2", "llama", "t5", "vit")
 WITH_BIASES = tuple(name for name in MODELS if name not in ("llama", "t5"))
+# Kinds that depend on more of a model than its linear layers run on all models.
+WIDE = ("lora", "serial_adapter", "parallel_adapter", "prefix", "lnfit")
 ROWS = {
     "lora": {},
     "dora": NORM_IS_CONSTANT,
@@ -39,8 +42,8 @@ ROWS = {
     "bitfit": {},
     "lnfit": {},
 }
-PLACES = {"bitfit": WITH_BIASES}  # kind -> models; all of them if not given
-PAIRS = [(kind, model) for kind in ROWS for model in PLACES.get(kind, MODELS)]
+PLACES = dict.fromkeys(WIDE, MODELS) | {"bitfit": WITH_BIASES}
+PAIRS = [(kind, model) for kind in ROWS for model in PLACES.get(kind, CORE)]
 VARIANTS = (
     ("lora", {"options": {"alpha": 8.0, "rslora": True, "dropout": 0.2}}),
     ("dora", {"options": {"alpha": 8.0, "rslora": True, "dropout": 0.2}} | NORM_IS_CONSTANT),
