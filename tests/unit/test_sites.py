@@ -120,6 +120,7 @@ EXPECTED = {
     "t5": t5(T5_FFN),
     "t5_gated": t5(T5_GATED),
     "vit": {"encoder": VIT},
+    "deit": {"encoder": VIT},
 }
 PREFIX = {
     "bert": "bert.",
@@ -130,6 +131,7 @@ PREFIX = {
     "t5": "",
     "t5_gated": "",
     "vit": "vit.",
+    "deit": "deit.",
 }
 
 
