@@ -118,11 +118,7 @@ class ImageClassification(Task):
             ConfigError: if a length is asked for.
             DataError: if an image is damaged, or images come out in different sizes.
         """
-        if max_length is not None:
-            raise ConfigError(
-                f"train.max_length is {max_length}, but images have no length in tokens; leave it "
-                "out."
-            )
+        _refuse_length(max_length)
         labels = list(dataset[splits.columns["label"]])
         images: list[np.ndarray] = []
         for number, value in enumerate(dataset[splits.columns["image"]], 1):
@@ -147,7 +143,12 @@ class ImageClassification(Task):
         return ImageCollator(processor)
 
     def count_tokens(self, config: PreTrainedConfig, max_length: int | None) -> int:
-        """Patches of an image and a class token, as the config says."""
+        """Patches of an image and a class token, as the config says.
+
+        Raises:
+            ConfigError: if a length is asked for.
+        """
+        _refuse_length(max_length)
         vision = vision_config(config)
         size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
         if not isinstance(size, int) or not isinstance(patch, int) or not patch:
@@ -165,6 +166,13 @@ class ImageClassification(Task):
     def compute(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy, macro F1, Matthews correlation, and F1 for two classes."""
         return classification_metrics(np.asarray(predictions), np.asarray(labels))
+
+
+def _refuse_length(max_length: int | None) -> None:
+    if max_length is not None:
+        raise ConfigError(
+            f"train.max_length is {max_length}, but images have no length in tokens; leave it out."
+        )
 
 
 def _size(shape: tuple[int, ...]) -> str:
