@@ -45,7 +45,7 @@ class Engine:
         device = check_device(plan.config.device)
         self.bf16 = _use_bf16(plan.config.precision, device)
         trust = plan.config.trust_remote_code
-        self.tokenizer = plan.task.load_tokenizer(plan.config.model, trust_remote_code=trust)
+        self.processor = plan.task.load_processor(plan.config.model, trust_remote_code=trust)
         self.phases = self._phases(device, progress or SilentProgress())
         self.model = plan.task.load_model(
             plan.config.model,
@@ -69,7 +69,7 @@ class Engine:
     def encode(self, rows: Dataset) -> Dataset:
         """Rows as the model reads them."""
         return self.plan.task.encode(
-            rows, self.plan.splits, self.tokenizer, self.plan.config.train.max_length
+            rows, self.plan.splits, self.processor, self.plan.config.train.max_length
         )
 
     def measure(self, adapter: Path, rows: Dataset | None = None) -> dict[str, float]:
@@ -100,7 +100,7 @@ class Engine:
         return Phases(
             train=self.encode(self.plan.splits.train),
             validation=self.encode(self.plan.splits.validation).sort("length"),
-            collator=task.collator(self.tokenizer),
+            collator=task.collator(self.processor),
             compute=task.compute,
             preprocess_logits=task.preprocess_logits,
             settings=self.plan.config.train,

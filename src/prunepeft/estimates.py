@@ -1,7 +1,6 @@
 """What a planned run would do and cost, told by `check` before weights are read."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ from prunepeft.config import RunConfig
 from prunepeft.data import Splits
 from prunepeft.kinds import cost, count_params
 from prunepeft.plan import Plan
-from prunepeft.space import Site
 from prunepeft.state import disk_free
 from prunepeft.training import n_steps
 
@@ -43,7 +41,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "search": _search_cost(plan),
         "warnings": _warnings(plan),
         "train": {"steps": train_steps, "epochs": config.train.epochs},
-        "memory_bytes": estimate_memory(config, plan.sites, plan.n_base, trained),
+        "memory_bytes": estimate_memory(plan, trained),
         "disk_bytes": estimate_disk(config, plan.limit, supernet, sum(plan.head.values())),
     }
     output = Path(config.output or ".").absolute()
@@ -91,18 +89,18 @@ def _search_cost(plan: Plan) -> dict[str, Any]:
     return {"runs": runs, "steps": steps, "rows_per_training_row": round(seen / whole, 3)}
 
 
-def estimate_memory(config: RunConfig, sites: Sequence[Site], n_base: int, trained: int) -> int:
+def estimate_memory(plan: Plan, trained: int) -> int:
     """Peak bytes of training: weights, what is trained with Adam (16 bytes each), activations."""
+    config, sites = plan.config, plan.sites
     width = 2 if config.precision == "bf16" else 4
     layers = len({(s.stack, s.layer) for s in sites})
     hidden = max((s.d_out for s in sites if s.role in ("o", "down", "other")), default=0)
     wide = sum(s.d_out for s in sites if s.role != "norm")
-    length = config.train.max_length or 128
     rows = math.ceil(config.train.batch_size / config.train.gradient_accumulation)
     per_token = (2 * wide + 8 * hidden * layers) * width
     if config.train.gradient_checkpointing:
         per_token //= max(1, layers)
-    return n_base * width + trained * 16 + rows * length * per_token
+    return plan.n_base * width + trained * 16 + rows * plan.n_tokens * per_token
 
 
 def estimate_disk(config: RunConfig, limit: int, supernet: int, head: int) -> int:

@@ -154,7 +154,7 @@ FAMILIES: Mapping[str, tuple[Stack, ...]] = {
     **_family("distilbert", Stack("encoder", "transformer.layer", _DISTILBERT)),
     **_family("modernbert", Stack("encoder", "layers", _MODERNBERT)),
     **_family(
-        "vit dinov2",
+        "vit deit dinov2",
         Stack("encoder", "layers", _VIT),
         Stack("encoder", "encoder.layer", _VIT),
     ),

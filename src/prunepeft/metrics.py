@@ -24,12 +24,13 @@ class Metric:
     tasks: tuple[str, ...]
 
 
+CLASSIFICATION = ("seq-cls", "image-cls")  # tasks with classes
 METRICS: Registry[Metric] = Registry("metric")
 for _metric in (
-    Metric("accuracy", True, ("seq-cls",)),
-    Metric("f1_macro", True, ("seq-cls",)),
-    Metric("f1", True, ("seq-cls",)),
-    Metric("matthews_correlation", True, ("seq-cls",)),
+    Metric("accuracy", True, CLASSIFICATION),
+    Metric("f1_macro", True, CLASSIFICATION),
+    Metric("f1", True, CLASSIFICATION),
+    Metric("matthews_correlation", True, CLASSIFICATION),
     Metric("pearson", True, ("regression",)),
     Metric("spearman", True, ("regression",)),
     Metric("mse", False, ("regression",)),

@@ -45,6 +45,7 @@ class Plan:
         budget: The budget; None when only an architecture was given.
         limit: The budget as a whole number.
         head: Modules trained in full, and how many parameters they have.
+        n_tokens: Tokens of the longest row, for estimates.
     """
 
     config: RunConfig
@@ -59,6 +60,7 @@ class Plan:
     budget: Budget | None
     limit: int
     head: dict[str, int]
+    n_tokens: int
 
     @property
     def strategy(self) -> Strategy:
@@ -114,6 +116,7 @@ def make_plan(config: RunConfig) -> Plan:
         budget=budget,
         limit=limit,
         head={name: _size(model.get_submodule(name)) for name in task.head_modules(model)},
+        n_tokens=task.count_tokens(model.config, config.train.max_length),
     )
     _check_budget(plan)
     return plan

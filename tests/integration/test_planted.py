@@ -21,7 +21,7 @@ from prunepeft.sites import find_sites
 from prunepeft.space import SearchSpace
 from prunepeft.state import Journal
 from prunepeft.strategies import HybridPruning, Problem, SearchResult
-from prunepeft.tasks.base import Collator
+from prunepeft.tasks import Collator
 from prunepeft.trainer_evaluator import Target, TrainerEvaluator
 from prunepeft.training import Phases
 from tests.tiny_models import TINY

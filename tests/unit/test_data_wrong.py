@@ -258,7 +258,7 @@ def test_wrong_arguments(write, options, error, message):
         load_data(write("d.jsonl", GOOD), **options)
 
 
-KINDS = st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet"])
+KINDS = st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".npz"])
 
 
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)), KINDS)

@@ -156,6 +156,7 @@ EXPECTED = {
     "t5": t5(T5_FFN),
     "t5_gated": t5(T5_GATED),
     "vit": {"encoder": VIT},
+    "deit": {"encoder": VIT},
 }
 # Roles whose layers have a bias; in the other models every layer has one.
 WITHOUT_BIASES = ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "t5", "t5_gated")
@@ -169,6 +170,7 @@ PREFIX = {
     "t5": "",
     "t5_gated": "",
     "vit": "vit.",
+    "deit": "deit.",
 }
 
 

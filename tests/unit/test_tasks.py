@@ -63,13 +63,13 @@ def test_a_classifier_for_every_family(folders, pair, family, head):
     assert torch.equal(torch.get_rng_state(), state)
     assert CLS.head_modules(model) == head
     assert model.config.id2label == {0: "no", 1: "so", 2: "yes"}
-    assert model.config.pad_token_id == CLS.load_tokenizer(path).pad_token_id
+    assert model.config.pad_token_id == CLS.load_processor(path).pad_token_id
     empty = CLS.make_empty_model(path, pair)
     assert {p.device.type for p in empty.parameters()} == {"meta"}
     shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (model, empty)]
     assert shapes[0] == shapes[1]
-    encoded = CLS.encode(pair.train, pair, CLS.load_tokenizer(path))
-    out = model(**CLS.collator(CLS.load_tokenizer(path))(encoded.to_list()))
+    encoded = CLS.encode(pair.train, pair, CLS.load_processor(path))
+    out = model(**CLS.collator(CLS.load_processor(path))(encoded.to_list()))
     assert out.logits.shape == (2, 3)
     assert torch.isfinite(out.loss)
 
@@ -93,7 +93,7 @@ def test_a_head_for_another_number_of_classes_is_replaced(folders, pair):
 def test_regression_has_one_output(folders):
     splits = make_splits("regression", text=["w1", "w2 w3"], label=[0.5, 2.0])
     path = folders("bert", head="base")
-    model, tokenizer = REG.load_model(path, splits), REG.load_tokenizer(path)
+    model, tokenizer = REG.load_model(path, splits), REG.load_processor(path)
     batch = REG.collator(tokenizer)(REG.encode(splits.train, splits, tokenizer).to_list())
     assert batch["labels"].dtype == torch.float32
     out = model(**batch)
@@ -203,24 +203,24 @@ def test_code_that_comes_with_a_model_does_not_run(tmp_path, pair):
 def test_a_folder_without_a_tokenizer_or_with_another(tmp_path):
     make_tiny("bert").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="comes without a tokenizer"):
-        CLS.load_tokenizer(str(tmp_path))
+        CLS.load_processor(str(tmp_path))
     make_tiny("bert", vocab_size=40).save_pretrained(tmp_path)
     tiny_tokenizer("bert").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="up to number 63, but the model knows only 40"):
-        CLS.load_tokenizer(str(tmp_path))
+        CLS.load_processor(str(tmp_path))
 
 
 def test_token_types_only_for_models_that_have_them(folders):
-    assert "token_type_ids" in CLS.load_tokenizer(folders("bert"))("w1")
+    assert "token_type_ids" in CLS.load_processor(folders("bert"))("w1")
     for family in ("distilbert", "deberta_v2"):
-        assert "token_type_ids" not in CLS.load_tokenizer(folders(family))("w1")
+        assert "token_type_ids" not in CLS.load_processor(folders(family))("w1")
 
 
 # --- tokenizers and lengths -----------------------------------------------------------------
 
 
 def test_decoders_get_a_pad_token(folders):
-    tokenizer = LM.load_tokenizer(folders("gpt2"))
+    tokenizer = LM.load_processor(folders("gpt2"))
     assert tokenizer.pad_token == "</s>"
     assert tokenizer.padding_side == "right"
     assert tokenizer.model_max_length == 32
@@ -233,7 +233,7 @@ def test_position_limits():
 
 
 def test_max_length(folders, pair):
-    tokenizer = CLS.load_tokenizer(folders("bert"))
+    tokenizer = CLS.load_processor(folders("bert"))
     long = make_splits("seq-cls", ("a", "b"), text=["w1 " * 99], label=[1])
     assert CLS.encode(long.train, long, tokenizer)["length"] == [32]
     assert CLS.encode(long.train, long, tokenizer, 10)["length"] == [10]

@@ -168,7 +168,7 @@ def test_batches_are_padded_on_the_right():
 def test_padding_does_not_change_a_decoder_classifier(folders, pair):
     path = folders("llama")
     model = CLS.load_model(path, pair)
-    tokenizer = CLS.load_tokenizer(path)
+    tokenizer = CLS.load_processor(path)
     splits = make_splits("seq-cls", ("a", "b", "c"), text=["w1", "w1 w2 w3 w4"], label=[0, 1])
     rows = CLS.encode(splits.train, splits, tokenizer).to_list()
     collate = CLS.collator(tokenizer)
@@ -180,7 +180,7 @@ def test_padding_does_not_change_a_decoder_classifier(folders, pair):
 def test_perplexity_is_that_of_the_model(folders):
     path = folders("gpt2")
     splits = make_splits("causal-lm", prompt=["w1 w2", "w5"], completion=["w3 w4", "w6"])
-    model, tokenizer = LM.load_model(path, splits).eval(), LM.load_tokenizer(path)
+    model, tokenizer = LM.load_model(path, splits).eval(), LM.load_processor(path)
     batch = LM.collator(tokenizer)(LM.encode(splits.train, splits, tokenizer).to_list())
     out = model(**batch)
     sums = LM.preprocess_logits((out.logits, None), batch["labels"])

@@ -19,7 +19,7 @@ from prunepeft.phase_trainer import PhaseTrainer
 from prunepeft.progress import SilentProgress
 from prunepeft.sites import find_sites
 from prunepeft.supernet import attach, slot_parameters, trainable_state
-from prunepeft.tasks.base import Collator
+from prunepeft.tasks import Collator
 from prunepeft.training import (
     PhaseLog,
     Phases,

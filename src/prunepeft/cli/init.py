@@ -17,7 +17,9 @@ def add(app: typer.Typer) -> None:
 
 
 def init(
-    task: Annotated[str, typer.Option(help="seq-cls, regression or causal-lm.")] = "seq-cls",
+    task: Annotated[
+        str, typer.Option(help="seq-cls, regression, causal-lm or image-cls.")
+    ] = "seq-cls",
     json_out: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -65,7 +65,9 @@ class TrainSettings(_Settings):
     lr_by_kind: Rates = _about({}, "learning rate of single kinds, e.g. {lora: 2e-4}")
     batch_size: Count = _about(16, "rows per optimiser step, over all devices")
     gradient_accumulation: Count = _about(1, "pieces a batch is cut into, to save memory")
-    max_length: Count | None = _about(None, "longest row in tokens; null: from model and data")
+    max_length: Count | None = _about(
+        None, "longest row in tokens (text); null: from model and data"
+    )
     max_rows: Pair | None = _about(None, "use at most this many training rows, chosen by seed")
     weight_decay: NotNegative = _about(0.01, "decay of the modules' weights")
     warmup_ratio: Share = _about(0.06, "share of the steps in which the rate rises")
@@ -101,9 +103,13 @@ class RunConfig(_Settings):
     """Every setting of a run."""
 
     model: Text = Field(description="folder or hub id of the base model")
-    data: Text = Field(description="jsonl, csv, tsv, parquet, folder of splits, or hub id")
+    data: Text = Field(
+        description="jsonl, csv, tsv, parquet, npz, folder of splits or images, or hub id"
+    )
     budget: str | None = _about(None, "0.5%, 120k, 1.2M, '12 modules' or rank:64")
-    task: TaskName | None = _about(None, "seq-cls, regression or causal-lm; null: from the data")
+    task: TaskName | None = _about(
+        None, "seq-cls, regression, causal-lm or image-cls; null: from the data"
+    )
     columns: dict[str, Text] | None = _about(None, "role -> column, e.g. {text: sentence}")
     metric: Text | None = _about(None, "what decides; null: the task's default")
     validation_fraction: Share = _about(

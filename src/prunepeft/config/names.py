@@ -43,7 +43,7 @@ PAPER_CRITERION_NAMES = (
 )
 CRITERION_NAMES = (*PAPER_CRITERION_NAMES, "snip_mean", "gradient_mean", "threshold_relative")
 METHOD_NAMES = ("prunepeft",)
-TASK_NAMES = ("seq-cls", "regression", "causal-lm")
+TASK_NAMES = ("seq-cls", "regression", "causal-lm", "image-cls")
 # Label -> names built in and entry point group of further ones.
 _KNOWN: Mapping[str, tuple[tuple[str, ...], str]] = {
     "kind": (KIND_NAMES, "prunepeft.kinds"),

@@ -25,6 +25,9 @@ _START: dict[str, dict[str, str]] = {
         "train.batch_size": "8",
         "train.max_length": "512",
     },
+    "image-cls": {
+        "data": "images",
+    },
 }
 _SHOWN = ("model", "data", "budget", "task", "columns", "kinds", "output", "seed", "baseline")
 

@@ -3,12 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from prunepeft.data.formats import Table
+from prunepeft.data.table import Table
 from prunepeft.errors import ConfigError, DataError, UnknownNameError
 from prunepeft.registry import unknown_name
 
-TASK_NAMES = ("seq-cls", "regression", "causal-lm")
-ROLES = ("text", "text_pair", "label", "prompt", "prompt_input", "completion", "messages")
+TASK_NAMES = ("seq-cls", "regression", "causal-lm", "image-cls")
+ROLES = (
+    "text",
+    "text_pair",
+    "image",
+    "label",
+    "prompt",
+    "prompt_input",
+    "completion",
+    "messages",
+)
 LABELS = (
     "label",
     "labels",
@@ -45,6 +54,7 @@ TEXTS = (
     "question",
     "query",
 )
+IMAGES = ("image", "img", "image_path", "image_file", "file_name")
 MESSAGES = ("messages", "conversations", "conversation")
 PROMPTS = (
     ("prompt", "completion"),
@@ -59,6 +69,7 @@ ROLES_OF_TASK = {
     "seq-cls": ("text", "text_pair", "label"),
     "regression": ("text", "text_pair", "label"),
     "causal-lm": ("messages", "prompt", "prompt_input", "completion", "text"),
+    "image-cls": ("image", "label"),
 }
 
 
@@ -125,6 +136,9 @@ def _detect(table: Table, task: str | None, named: dict[str, str]) -> dict[str, 
         found |= _detect_language_model(free, named)
     if not {"messages", "prompt", "completion"} & set(found | named):
         found |= _detect_texts(free, named)
+    if task == "image-cls" or not {"messages", "prompt", "text"} & set(found | named):
+        image = next((name for name in IMAGES if name in free), None)
+        found |= {"image": free[image]} if image else {}
     return found
 
 
@@ -157,6 +171,8 @@ def _detect_texts(free: dict[str, str], named: dict[str, str]) -> dict[str, str]
 
 
 def _guess_task(table: Table, roles: dict[str, str]) -> str:
+    if "image" in roles:
+        return "image-cls"
     if "label" not in roles:
         return "causal-lm"
     values = [row[roles["label"]] for row in table.rows]
@@ -181,7 +197,7 @@ def _check_complete(table: Table, task: str, roles: dict[str, str]) -> None:
             f"{place}: the column 'choices' looks like multiple choice, which is not a known task "
             f"({', '.join(TASK_NAMES)}). Rewrite it as prompt and completion, or remove the column."
         )
-    for role in ("text", "label"):
+    for role in ("image" if task == "image-cls" else "text", "label"):
         if role not in roles:
             raise DataError(
                 f"{place}: no column for the {role} was recognised (columns: {columns}), and "

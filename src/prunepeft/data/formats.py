@@ -6,13 +6,14 @@ Nothing here touches the network or runs code from the file.
 import csv
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prunepeft.data.arrays import parse_npz
+from prunepeft.data.table import Table
 from prunepeft.errors import DataError
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".npz")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
 BROKEN_JSON = (
@@ -21,37 +22,8 @@ BROKEN_JSON = (
 )
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of one split and where each came from.
-
-    Args:
-        rows: One mapping from column to value per row; all rows have the same keys.
-        places: (file, "line" or "row", number) of each row, for messages.
-        untyped: True if every value is a string because the format has no types (CSV, TSV).
-        label_names: Class names that came with the data, by integer label.
-        running: True if the rows are lines of running text, whose order means something.
-    """
-
-    rows: list[dict[str, Any]]
-    places: list[tuple[str, str, int]]
-    untyped: bool = False
-    label_names: tuple[str, ...] | None = None
-    running: bool = False
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns, in the order of the file."""
-        return tuple(self.rows[0]) if self.rows else ()
-
-    def where(self, index: int) -> str:
-        """Place of a row as text, such as `train.csv, line 17`."""
-        file, unit, number = self.places[index]
-        return f"{file}, {unit} {number}"
-
-
 def read_file(path: Path) -> Table:
-    """Read a jsonl, json, csv, tsv, parquet or txt file.
+    """Read a jsonl, json, csv, tsv, parquet, txt or npz file.
 
     Raises:
         DataError: if it cannot be opened, has no rows, or is not what its ending says.
@@ -90,6 +62,8 @@ def parse_bytes(data: bytes, kind: str, place: str) -> Table:
         raise DataError(f"{place} is empty; check that the right file was written and is complete.")
     if kind == ".parquet":
         return _parse_parquet(data, place)
+    if kind == ".npz":
+        return parse_npz(data, place)
     text = _decode(data, place)
     if kind in DELIMITERS:
         return _parse_delimited(text, kind, place)

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prunepeft.data.columns import find_columns
-from prunepeft.data.formats import Table
+from prunepeft.data.images import hash_image, read_images
 from prunepeft.data.rows import check_columns, read_labels, read_messages, read_texts
 from prunepeft.data.sources import read_source
 from prunepeft.data.splits import Splits, fingerprint, stratified_order
+from prunepeft.data.table import Table
 from prunepeft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ def load_data(
     """Load and check a data set.
 
     Args:
-        source: A file (jsonl, json, csv, tsv, parquet, txt), a glob, a folder of splits,
-            `docstrings` (built in), or a hub id `owner/name` or `owner/name:config`. Lines of txt
-            files are running text: validation and `max_rows` take consecutive lines.
-        task: "seq-cls", "regression" or "causal-lm"; None guesses it from the columns.
+        source: A file (jsonl, json, csv, tsv, parquet, txt, npz), a glob, a folder of splits, a
+            folder with a folder of images per class, `docstrings` (built in), or a hub id
+            `owner/name` or `owner/name:config`. Lines of txt files are running text: validation
+            and `max_rows` take consecutive lines.
+        task: "seq-cls", "regression", "causal-lm" or "image-cls"; None guesses it from the columns.
         columns: Role -> column, for names that are not usual.
         seed: Of the validation split and of `max_rows`.
         validation_fraction: Share of train to split off if there is no validation split.
@@ -65,15 +67,15 @@ def load_data(
         notes.append(f"train: {n} of {len(order)} rows are used (max_rows)")
     values["train"] = _take(values["train"], order[:n])
     _check_sizes(values, source)
-    notes += _count_shared(values)
-    parts = {split: _make_dataset(part, roles) for split, part in values.items()}
+    content = {split: _hash_images(part) for split, part in values.items()}
+    notes += _count_shared(content)
     return Splits(
-        **({"test": None} | parts),
+        **{"test": None} | {split: _make_dataset(part, roles) for split, part in values.items()},
         columns={role: column for role, column in roles.items() if role in values["train"]},
         labels=labels,
         task=task,
         source=source,
-        fingerprint=fingerprint(task, labels, values),
+        fingerprint=fingerprint(task, labels, content),
         notes=tuple(notes),
     )
 
@@ -147,9 +149,12 @@ def _read_values(
                 part[role] = by_split[split]
             elif role == "messages":
                 part[role] = read_messages(table, column)
+            elif role == "image":
+                part[role] = read_images(table, column)
             else:
                 part[role] = read_texts(table, role, column)
-        _check_not_empty(part, split, table, notes)
+        if "image" not in part:
+            _check_not_empty(part, split, table, notes)
         if "prompt_input" in part:
             pairs = zip(part["prompt"], part.pop("prompt_input"), strict=True)
             part["prompt"] = [
@@ -240,6 +245,14 @@ def _check_sizes(values: dict[str, Columns], source: str) -> None:
             )
 
 
+def _hash_images(part: Columns) -> Columns:
+    """The values with every image as the hash of its content, wherever the file lies."""
+    return {
+        role: [hash_image(value) for value in values] if role == "image" else values
+        for role, values in part.items()
+    }
+
+
 def _count_shared(values: dict[str, Columns]) -> list[str]:
     def keys(part: Columns) -> list[str]:
         return [
@@ -249,7 +262,8 @@ def _count_shared(values: dict[str, Columns]) -> list[str]:
 
     train = set(keys(values["train"]))
     shared = sum(key in train for key in keys(values["validation"]))
-    return [f"{shared} validation rows have the same text as a train row"] if shared else []
+    what = "image" if "image" in values["train"] else "text"
+    return [f"{shared} validation rows have the same {what} as a train row"] if shared else []
 
 
 def _make_dataset(part: Columns, roles: dict[str, str]) -> "Dataset":

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from prunepeft.data.columns import parse_numbers
-from prunepeft.data.formats import Table
+from prunepeft.data.table import Table
 from prunepeft.errors import DataError
 
 Tables = dict[str, Table]
@@ -104,7 +104,7 @@ def read_labels(
     Args:
         tables: Split -> table.
         column: The label column.
-        task: "seq-cls" (labels become 0..n-1) or "regression" (floats).
+        task: "regression" (labels become floats), else they become 0..n-1.
         known: Class names by number; by default those of the train split, sorted.
 
     Returns:

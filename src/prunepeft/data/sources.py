@@ -8,25 +8,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from prunepeft.data.formats import FORMATS, Table, read_file
+from prunepeft.data.formats import FORMATS, read_file
+from prunepeft.data.image_folder import read_image_folder
+from prunepeft.data.splits import SPLIT_NAMES
+from prunepeft.data.table import Table
 from prunepeft.docstrings import make_docstrings
 from prunepeft.errors import DataError
 
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "eval": "validation",
-    "test": "test",
-}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 BUILT_IN = "docstrings"
 FORMS = (
-    "Allowed are a file (jsonl, json, csv, tsv, parquet, txt), a glob, a folder with train and "
-    "validation files, 'docstrings' (built in), or a hub id owner/name or owner/name:config."
+    "Allowed are a file (jsonl, json, csv, tsv, parquet, txt, npz), a glob, a folder with train "
+    "and validation files, a folder with a folder of images per class, 'docstrings' (built in), or "
+    "a hub id owner/name or owner/name:config."
 )
 
 
@@ -46,7 +40,7 @@ def read_source(source: str, *, offline: bool = False) -> tuple[dict[str, Table]
     try:
         path = Path(source).expanduser()
         if path.is_dir():
-            return _read_folder(path), []
+            return _read_folder(path)
         if path.exists():
             return {"train": read_file(path)}, []
     except (OSError, RuntimeError) as error:
@@ -73,7 +67,7 @@ def _split_of(path: Path) -> str | None:
     return SPLIT_NAMES.get(re.split(r"[-_.\d]", path.stem.lower(), maxsplit=1)[0])
 
 
-def _read_folder(folder: Path) -> dict[str, Table]:
+def _read_folder(folder: Path) -> tuple[dict[str, Table], list[str]]:
     try:
         files = sorted(item for item in folder.iterdir() if item.is_file())
     except PermissionError as error:
@@ -82,16 +76,19 @@ def _read_folder(folder: Path) -> dict[str, Table]:
         ) from error
     named = [(file, _split_of(file)) for file in files if file.suffix.lower() in FORMATS]
     splits = _group([(file, split) for file, split in named if split])
+    if not splits and (images := read_image_folder(folder)):
+        return images
     if "train" not in splits:
         found = ", ".join(file.name for file in files[:8]) or "no files"
         raise DataError(
             f"{folder} is a folder without a train split (found: {found}). Name the files "
             f"train, validation and test with one of the endings {', '.join(FORMATS)}, or "
-            f"give one file."
+            f"give one file; images go into one folder per class."
         )
-    return {
+    tables = {
         split: _join([read_file(file) for file in members]) for split, members in splits.items()
     }
+    return tables, []
 
 
 def _read_glob(pattern: str) -> dict[str, Table]:
@@ -229,10 +226,10 @@ def _hub_table(dataset: object, place: str) -> Table:
         feature = dataset.features.get(column)
         if isinstance(feature, datasets.ClassLabel):
             names = tuple(feature.names)
-    plain = dataset.select_columns(
-        [c for c, f in dataset.features.items() if not isinstance(f, datasets.Image)]
-    )
-    rows = plain.to_list()
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    rows = dataset.to_list()
     return Table(
         rows, [(place, "row", number) for number in range(1, len(rows) + 1)], label_names=names
     )

@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# Name of a file or folder -> the split it stands for.
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+}
+
+
 @dataclass(frozen=True)
 class Splits:
     """Checked data of one task.
@@ -21,7 +34,7 @@ class Splits:
         train: Rows to train on; columns are those in `columns`, labels are ready to use.
         validation: Rows to select on.
         test: Rows to report on, never to select on; None if there are none with labels.
-        columns: Role (text, text_pair, label, prompt, completion, messages) -> column.
+        columns: Role (text, text_pair, image, label, prompt, completion, messages) -> column.
         labels: Class names by label number, None if there are no classes.
         task: Name of the task, guessed or given.
         source: What the user named.
@@ -116,7 +129,7 @@ def fingerprint(
     Args:
         task: Task name.
         labels: Class names or None.
-        splits: Split -> role -> values. Paths and column names do not enter.
+        splits: Split -> role -> values, images as hashes. Paths and column names do not enter.
     """
     digest = hashlib.sha256(json.dumps([task, labels]).encode())
     for split in sorted(splits):

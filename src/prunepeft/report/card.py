@@ -24,11 +24,13 @@ _PIPELINES = {
     "seq-cls": "text-classification",
     "regression": "text-classification",
     "causal-lm": "text-generation",
+    "image-cls": "image-classification",
 }
 _AUTO_CLASSES = {
     "seq-cls": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
+    "image-cls": "AutoModelForImageClassification",
 }
 
 
@@ -84,18 +86,22 @@ def front_matter(evidence: Evidence) -> dict[str, Any]:
 def loading_code(evidence: Evidence) -> str:
     """Python lines that load the adapter of a run."""
     result = evidence.result
-    cls = _AUTO_CLASSES.get(result.task.name, "AutoModel")
+    cls = evidence.base_class or _AUTO_CLASSES.get(result.task.name, "AutoModel")
     n_labels = 1 if result.task.name == "regression" else len(result.task.labels)
-    labels = f", num_labels={n_labels}" if n_labels and "Sequence" in cls else ""
+    labels = f", num_labels={n_labels}" if n_labels and "Classification" in cls else ""
+    tokenizer, processor = "tokenizer", "AutoTokenizer"
+    if result.task.name == "image-cls":
+        labels += ", ignore_mismatched_sizes=True"  # pretrained on other classes, as most are
+        tokenizer, processor = "processor", "AutoImageProcessor"
     name = _quoted(result.model.name)
     lines = [
         "import prunepeft  # makes peft know this adapter" if needs_prunepeft(evidence) else "",
         "from peft import PeftModel",
-        f"from transformers import {cls}, AutoTokenizer",
+        f"from transformers import {cls}, {processor}",
         "",
         f"base = {cls}.from_pretrained({name}{labels})",
         'model = PeftModel.from_pretrained(base, "best/adapter").eval()',
-        f"tokenizer = AutoTokenizer.from_pretrained({name})",
+        f"{tokenizer} = {processor}.from_pretrained({name})",
     ]
     return "\n".join(lines).lstrip("\n")
 

@@ -179,6 +179,7 @@ class Evidence:
         config: Text of config.yaml, or empty.
         data: Content of data.json, or empty.
         adapter_type: `peft_type` of the trained adapter, or empty.
+        base_class: Class of the base model, where peft has no task type for it.
     """
 
     run: Path
@@ -189,6 +190,7 @@ class Evidence:
     config: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
     adapter_type: str = ""
+    base_class: str = ""
 
 
 def read_evidence(run: Path) -> Evidence:
@@ -206,7 +208,8 @@ def read_evidence(run: Path) -> Evidence:
     history_data = read_json(run / "history.json") if (run / "history.json").is_file() else None
     history = None if history_data is None else parse(History, history_data, run / "history.json")
     space = history.space if history else {}
-    data = read_json(run / "data.json") if (run / "data.json").is_file() else {}
+    adapter = _read_mapping(run / "best" / "adapter" / "adapter_config.json")
+    mapping = adapter.get("auto_mapping")
     return Evidence(
         run=run,
         result=parse(Result, read_json(run / "result.json"), run / "result.json"),
@@ -214,8 +217,9 @@ def read_evidence(run: Path) -> Evidence:
         space=parse_placement(space, run / "history.json") if space else None,
         history=history,
         config=_read_config(run / "config.yaml"),
-        data=data if isinstance(data, Mapping) else {},
-        adapter_type=_adapter_type(run / "best" / "adapter" / "adapter_config.json"),
+        data=_read_mapping(run / "data.json"),
+        adapter_type=_name(adapter.get("peft_type")),
+        base_class=_name(mapping.get("base_model_class")) if isinstance(mapping, Mapping) else "",
     )
 
 
@@ -265,9 +269,11 @@ def _read_config(path: Path) -> str:
     return text if len(text) <= MAX_CONFIG_CHARS else text[:MAX_CONFIG_CHARS] + "\n# (cut here)"
 
 
-def _adapter_type(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    config = read_json(path)
-    kind = config.get("peft_type") if isinstance(config, Mapping) else None
-    return kind if isinstance(kind, str) else ""
+def _read_mapping(path: Path) -> Mapping[str, Any]:
+    data = read_json(path) if path.is_file() else {}
+    return data if isinstance(data, Mapping) else {}
+
+
+def _name(value: Any) -> str:
+    """A name that can stand in code, or empty."""
+    return value if isinstance(value, str) and value.isascii() and value.isidentifier() else ""

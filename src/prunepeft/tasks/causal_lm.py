@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import (
 from prunepeft.data import Splits
 from prunepeft.errors import ConfigError, DataError
 from prunepeft.metrics import language_model_metrics
-from prunepeft.tasks.base import IGNORED, Task, has_own_class
+from prunepeft.tasks.base import IGNORED, has_own_class
+from prunepeft.tasks.text import TextTask
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ Row = tuple[list[int], list[int]]  # token ids and labels
 Chat = list[dict[str, str]]
 
 
-class CausalLM(Task):
+class CausalLM(TextTask):
     """The next token: of a text, of a completion after a prompt, or of the assistant in a chat."""
 
     name: ClassVar[str] = "causal-lm"

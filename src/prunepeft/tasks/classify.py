@@ -18,10 +18,11 @@ from transformers.models.auto.modeling_auto import (
 from prunepeft.data import Splits
 from prunepeft.errors import ConfigError
 from prunepeft.metrics import classification_metrics, regression_metrics
-from prunepeft.tasks.base import Task, has_own_class
+from prunepeft.tasks.base import has_own_class
+from prunepeft.tasks.text import TextTask
 
 
-class SequenceClassification(Task):
+class SequenceClassification(TextTask):
     """One class for a text or a pair of texts."""
 
     name: ClassVar[str] = "seq-cls"
@@ -45,17 +46,7 @@ class SequenceClassification(Task):
 
     def config_options(self, splits: Splits) -> dict[str, Any]:
         """Number and names of the classes."""
-        names = splits.labels
-        if names is None:
-            raise ConfigError(
-                f"task {self.name} needs classes, and {splits.source} was loaded without."
-            )
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: number for number, name in enumerate(names)},
-            "problem_type": "single_label_classification",
-        }
+        return class_options(splits, self.name)
 
     def encode(
         self,
@@ -86,25 +77,56 @@ class SequenceClassification(Task):
         )
 
     def head_modules(self, model: PreTrainedModel) -> list[str]:
-        """Modules between the encoder and the logits: the classifier, and the pooler it reads.
-
-        A pooler inside the base model (BERT, ALBERT) belongs to the head: pretraining hardly
-        touches it, or the checkpoint lacks it, and frozen it would starve the classifier. RoBERTa
-        keeps the same layer in its classifier.
-        """
-        base = model.base_model_prefix
-        beside = {name: module for name, module in model.named_children() if name != base}
-        pooler = getattr(getattr(model, base, None), "pooler", None)
-        inside = {f"{base}.pooler": pooler} if isinstance(pooler, nn.Module) else {}
-        return [name for name, module in (inside | beside).items() if _has_weights(module)]
+        """Modules between the encoder and the logits: the classifier, and the pooler it reads."""
+        return find_head(model)
 
     def preprocess_logits(self, logits: Any, labels: Tensor) -> Tensor:
         """The logits alone, (B, C), without hidden states some models add."""
-        return logits[0] if isinstance(logits, tuple | list) else logits
+        return first_output(logits)
 
     def compute(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy, macro F1, Matthews correlation, and F1 for two classes."""
         return classification_metrics(np.asarray(predictions), np.asarray(labels))
+
+
+def class_options(splits: Splits, task: str) -> dict[str, Any]:
+    """Fields of a classifier's config: number and names of the classes.
+
+    Raises:
+        ConfigError: if the data has no classes.
+    """
+    names = splits.labels
+    if names is None:
+        raise ConfigError(f"task {task} needs classes, and {splits.source} was loaded without.")
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def find_head(model: PreTrainedModel) -> list[str]:
+    """Names of the modules between the encoder and the logits of a classifier.
+
+    A pooler inside the base model (BERT, ALBERT) belongs to the head: pretraining hardly touches
+    it, or the checkpoint lacks it, and frozen it would starve the classifier. RoBERTa keeps the
+    same layer in its classifier. A part with a list of blocks is an encoder, whatever its name.
+    """
+    base = model.base_model_prefix
+    beside = {
+        name: module
+        for name, module in model.named_children()
+        if name != base and not any(isinstance(part, nn.ModuleList) for part in module.modules())
+    }
+    pooler = getattr(getattr(model, base, None), "pooler", None)
+    inside = {f"{base}.pooler": pooler} if isinstance(pooler, nn.Module) else {}
+    return [name for name, module in (inside | beside).items() if _has_weights(module)]
+
+
+def first_output(logits: Any) -> Tensor:
+    """The logits of a model that may add hidden states to them."""
+    return logits[0] if isinstance(logits, tuple | list) else logits
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Load configs, models and tokenizers from a folder or the hub, with errors a user can act on."""
+"""Load what makes a model from a folder or the hub, with errors a user can act on."""
 
 import logging
 import re
@@ -12,11 +12,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as hf_logging
 
 from prunepeft.errors import CheckpointError, ConfigError
@@ -260,6 +262,24 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     if limit is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return tokenizer
+
+
+def load_image_processor(path: str, *, trust_remote_code: bool = False) -> BaseImageProcessor:
+    """Load the image processor of a model, the one that computes with Pillow where there is one.
+
+    So the pixels do not depend on whether torchvision is installed.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    place = check_path(path)
+    with _errors("image processor", path):
+        return AutoImageProcessor.from_pretrained(
+            place,
+            backend="pil",
+            trust_remote_code=trust_remote_code,
+            local_files_only=Path(place).is_dir(),
+        )
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, n_tokens: int, path: str) -> None:

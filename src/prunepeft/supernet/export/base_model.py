@@ -93,7 +93,14 @@ def load_base(adapter: SavedAdapter, base: Base) -> tuple[PreTrainedModel, torch
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         cls = _model_class(adapter, config)
         config = _with_labels(config, adapter, base)
-        model = cls.from_pretrained(base.name, config=config, dtype=torch.float32, **source)
+        model, info = cls.from_pretrained(
+            base.name,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # a head for other classes is replaced
+            output_loading_info=True,
+            **source,
+        )
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError) as error:
@@ -101,7 +108,17 @@ def load_base(adapter: SavedAdapter, base: Base) -> tuple[PreTrainedModel, torch
             f"the base model {base.name!r} cannot be loaded: {error}. Pass base= with the folder "
             "or the model itself."
         ) from error
+    wrong = sorted({key[0] for key in info["mismatched_keys"]} - adapter.head.keys())
+    if wrong:
+        raise _mismatch(base, wrong[0])
     return model.eval(), dtype
+
+
+def _mismatch(base: Base, name: str) -> ConfigError:
+    return ConfigError(
+        f"the weights of the base model {base.name!r} do not fit its config.json (the shape of "
+        f"{name} differs); pass base= with the folder of the whole model."
+    )
 
 
 def check_fit(adapter: SavedAdapter, model: nn.Module | None) -> str:
@@ -143,11 +160,12 @@ def _model_class(adapter: SavedAdapter, config: PretrainedConfig) -> Any:
                 "base= with the model itself."
             )
         return auto._model_mapping[type(config)]
-    names = config.architectures or []
+    trained_on = (adapter.auto_mapping or {}).get("base_model_class")
+    names = [trained_on] if trained_on else config.architectures or []
     cls = getattr(transformers, str(names[0]), None) if names else None
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ConfigError(
-            f"the class of the base model is unknown (architectures: {names}); pass base= with "
+            f"the class of the base model is unknown to transformers ({names}); pass base= with "
             "the model itself."
         )
     return cls
@@ -155,7 +173,7 @@ def _model_class(adapter: SavedAdapter, config: PretrainedConfig) -> Any:
 
 def _with_labels(config: PretrainedConfig, adapter: SavedAdapter, base: Base) -> PretrainedConfig:
     """Set the number of classes, which a head trained here need not share with the base's file."""
-    if adapter.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+    if adapter.task_type not in ("SEQ_CLS", "TOKEN_CLS") and not classifies_images(adapter):
         return config
     n_labels = _n_labels(adapter.head) or len(base.labels)
     if n_labels and n_labels != config.num_labels:
@@ -164,6 +182,11 @@ def _with_labels(config: PretrainedConfig, adapter: SavedAdapter, base: Base) ->
         config.id2label = dict(enumerate(base.labels))
         config.label2id = {label: i for i, label in enumerate(base.labels)}
     return config
+
+
+def classifies_images(adapter: SavedAdapter) -> bool:
+    """Whether the base model is an image classifier, for which peft has no task type."""
+    return "ForImageClassification" in (adapter.auto_mapping or {}).get("base_model_class", "")
 
 
 def _n_labels(head: dict[str, Tensor]) -> int | None:

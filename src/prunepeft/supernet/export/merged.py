@@ -22,7 +22,9 @@ from prunepeft.supernet.layer import PREFIX
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # of the largest logit, in float32
-TOKENIZER_FILES = (
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -35,6 +37,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "chat_template.jinja",
 )
+_ENOUGH = ("tokenizer", "vocab", "spiece", "sentencepiece", "preprocessor", "processor")
 
 
 def write_merged(request: Request, folder: Path) -> Written:
@@ -71,8 +74,10 @@ def write_merged(request: Request, folder: Path) -> Written:
             f"{limit:.2e}; use the format peft and report this."
         )
     notes = [f"largest difference of a logit to the adapter: {difference:.2e} ({dtype})"]
-    if not _copy_tokenizer(request.base, folder):
-        notes.append("no tokenizer was found beside the base model; add it before serving")
+    if not _copy_processor(request.base, folder):
+        notes.append(
+            "no tokenizer or image processor was found beside the base model; add it before serving"
+        )
     return Written(notes, {"max_difference": difference})
 
 
@@ -106,7 +111,8 @@ def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if model.main_input_name == "pixel_values":
-        size = config.image_size
+        config = getattr(config, "vision_config", None) or config
+        size = getattr(config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
         shape = (1, config.num_channels, height, width)
         return {"pixel_values": torch.randn(shape, generator=generator)}
@@ -125,12 +131,12 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return (output.logits if "logits" in output else output[0]).float().cpu()
 
 
-def _copy_tokenizer(base: Base, folder: Path) -> bool:
-    """Copy what belongs to the tokenizer from the base model's folder or cache."""
+def _copy_processor(base: Base, folder: Path) -> bool:
+    """Copy tokenizer and image processor from the base model's folder or cache."""
     if base.name is None:
         return False
     found = False
-    for name in TOKENIZER_FILES:
+    for name in PROCESSOR_FILES:
         file = cached_file(
             base.name,
             name,
@@ -142,5 +148,5 @@ def _copy_tokenizer(base: Base, folder: Path) -> bool:
         )
         if file is not None and Path(file).is_file():
             shutil.copyfile(file, folder / name)
-            found = found or name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece"))
+            found = found or name.startswith(_ENOUGH)
     return found

@@ -6,7 +6,9 @@ from typing import Any
 
 import yaml
 
+from prunepeft.errors import ConfigError
 from prunepeft.state import write_json, write_text
+from prunepeft.supernet.export.base_model import classifies_images
 from prunepeft.supernet.export.peft_form import LOW_RANK, lora_config
 from prunepeft.supernet.export.request import Request, Written
 
@@ -40,7 +42,12 @@ _TRL = """# The placement that was found, for training from scratch with TRL:
 
 
 def write_axolotl(request: Request, folder: Path) -> Written:
-    """Write `axolotl.yaml` for LoRA and DoRA; for other kinds a README that says what to do."""
+    """Write `axolotl.yaml` for LoRA and DoRA; for other kinds a README that says what to do.
+
+    Raises:
+        ConfigError: if the base model reads images.
+    """
+    _refuse_images(request, "axolotl")
     if request.adapter.kinds not in LOW_RANK:
         write_text(folder / "README.md", _AXOLOTL_OTHER.format(code=_union(request, "    ")))
         write_json(folder / PLACEMENT_FILE, request.adapter.placement.to_dict())
@@ -66,7 +73,12 @@ def write_axolotl(request: Request, folder: Path) -> Written:
 
 
 def write_trl(request: Request, folder: Path) -> Written:
-    """Write `trl_config.py` with the `peft_config`; for several kinds also `placement.json`."""
+    """Write `trl_config.py` with the `peft_config`; for several kinds also `placement.json`.
+
+    Raises:
+        ConfigError: if the base model reads images.
+    """
+    _refuse_images(request, "trl")
     head = _TRL.format(base=request.base.name or "BASE")
     if request.adapter.kinds not in LOW_RANK:
         write_text(folder / "trl_config.py", head + _union(request, ""))
@@ -88,6 +100,14 @@ def write_trl(request: Request, folder: Path) -> Written:
     code = f"from peft import LoraConfig\n\npeft_config = LoraConfig(**{values})\n"
     write_text(folder / "trl_config.py", head + code)
     return Written(["trl_config.py needs peft alone"])
+
+
+def _refuse_images(request: Request, tool: str) -> None:
+    if classifies_images(request.adapter):
+        raise ConfigError(
+            f"{tool} trains language models, and this adapter is for an image classifier; use the "
+            "format peft or merged."
+        )
 
 
 def _union(request: Request, indent: str) -> str:
