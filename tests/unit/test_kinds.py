@@ -103,6 +103,17 @@ def test_dora_by_hand() -> None:
     assert bias is None
 
 
+def test_dora_norm_is_that_of_the_whole_matrix() -> None:
+    draw = seeded(0, "norm")
+    w, a, b = (torch.randn(s, generator=draw) for s in ((64, 48), (8, 48), (64, 8)))
+    w[0] = 0.0
+    found = direction_norm(PlainHost(w), {"A": a, "B": b}, 2.0)
+    assert_close(found, torch.linalg.norm(w + 2.0 * b @ a, dim=1), rtol=1e-5, atol=0)
+    unchanged = direction_norm(PlainHost(w), {"A": a, "B": torch.zeros_like(b)}, 2.0)
+    assert torch.equal(unchanged[1:], torch.linalg.norm(w, dim=1)[1:])
+    assert unchanged[0] > 0  # a row of zeros does not divide by zero
+
+
 def test_dora_gradient_takes_the_norm_as_constant(monkeypatch: pytest.MonkeyPatch) -> None:
     kind, draw = make_kind("dora"), seeded(0, "dora")
     sizes = {"A": (2, 3), "B": (2, 2), "magnitude": (2,), "x": (4, 3), "W": (2, 3)}
@@ -110,7 +121,7 @@ def test_dora_gradient_takes_the_norm_as_constant(monkeypatch: pytest.MonkeyPatc
         k: torch.randn(v, generator=draw).double().requires_grad_(k != "W")
         for k, v in sizes.items()
     }
-    norm = direction_norm(t["W"], t, 2.0).detach()
+    norm = direction_norm(PlainHost(t["W"]), t, 2.0).detach()
     monkeypatch.setattr("prunepeft.kinds.dora.direction_norm", lambda *_: norm)
     names = [k for k in sizes if k != "W"]
 

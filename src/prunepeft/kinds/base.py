@@ -43,6 +43,9 @@ class Host(Protocol):
     def frozen_weight(self) -> Tensor:
         """The frozen weight, (d_out, d_in), dequantised if need be; (d_out,) at a norm."""
 
+    def frozen_row_norm(self) -> Tensor:
+        """Euclidean norm of every row of the frozen weight, (d_out,), in float32 or wider."""
+
     def frozen_linear(self, x: Tensor) -> Tensor:
         """What the layer makes of x without its bias: x W^T, or the norm, (..., d_out)."""
 

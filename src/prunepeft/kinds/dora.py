@@ -64,8 +64,8 @@ class Dora(Kind):
     ) -> dict[str, Tensor]:
         bound = 1 / math.sqrt(shapes["A"][1])
         a = torch.empty(shapes["A"]).uniform_(-bound, bound, generator=generator)
-        norm = torch.linalg.norm(host.frozen_weight().detach().float(), dim=1)
-        return {"A": a, "B": torch.zeros(shapes["B"]), "magnitude": norm.cpu()}
+        norm = host.frozen_row_norm().float().cpu().clone()
+        return {"A": a, "B": torch.zeros(shapes["B"]), "magnitude": norm}
 
     def scaling(self, max_size: int) -> float:
         alpha = 2 * max_size if self.alpha is None else self.alpha
@@ -77,8 +77,7 @@ class Dora(Kind):
         x = F.dropout(x, self.dropout, host.training)
         low_rank = F.linear(F.linear(x, params["A"]), params["B"])  # (..., d_out)
         with torch.no_grad():
-            weight = host.frozen_weight().to(params["A"].dtype)
-            norm = direction_norm(weight, params, scaling)
+            norm = direction_norm(host, params, scaling)
         factor = params["magnitude"] / norm
         return (factor - 1) * host.frozen_linear(x) + factor * scaling * low_rank
 
@@ -86,14 +85,24 @@ class Dora(Kind):
         self, weight: Tensor, bias: Tensor | None, params: Params, scaling: float, stage: str
     ) -> tuple[Tensor, Tensor | None]:
         """Weight c (W + s B A); `weight` must be the frozen one, before other kinds are merged."""
-        factor = params["magnitude"] / direction_norm(weight, params, scaling)
-        return factor[:, None] * (weight + scaling * (params["B"] @ params["A"])), bias
+        direction = weight + scaling * (params["B"] @ params["A"])
+        factor = params["magnitude"] / _at_least_tiny(torch.linalg.norm(direction, dim=1))
+        return factor[:, None] * direction, bias
 
 
-def direction_norm(weight: Tensor, params: Params, scaling: float) -> Tensor:
-    """Return the row norms of W + s B A, (d_out,), at least the smallest positive number.
+def direction_norm(host: Host, params: Params, scaling: float) -> Tensor:
+    """Return the row norms of V = W + s B A, (d_out,), without building V.
 
-    The floor keeps an all-zero row (a padded output) finite: its magnitude starts at zero too.
+    |v|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b for a row v of V, w of W and b of B.
     """
-    norm = torch.linalg.norm(weight + scaling * (params["B"] @ params["A"]), dim=1)
+    a, b = params["A"], params["B"]
+    with torch.autocast(a.device.type, enabled=False):
+        cross = (host.frozen_weight().to(a.dtype) @ a.T * b).sum(1)
+        own = (b @ (a @ a.T) * b).sum(1)
+        square = host.frozen_row_norm().to(a.dtype).square() + 2 * scaling * cross
+        return _at_least_tiny((square + scaling**2 * own).clamp_min(0).sqrt())
+
+
+def _at_least_tiny(norm: Tensor) -> Tensor:
+    """Keep an all-zero row (a padded output) finite: its magnitude starts at zero too."""
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)

@@ -96,6 +96,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         self.observer: Callable[[Branch, Tensor], None] | None = None
         self._kept: tuple[Tensor, Tensor | None] | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
+        self._row_norm: tuple[tuple[object, ...], Tensor] | None = None
         self.is_transposed = isinstance(base_layer, Conv1D)
         self.is_norm = norm_width(base_layer) is not None
 
@@ -158,6 +159,15 @@ class UnionLayer(nn.Module, BaseTunerLayer):
     def frozen_weight(self) -> Tensor:
         weight = self.get_base_weight()
         return weight.T if self.is_transposed else weight
+
+    def frozen_row_norm(self) -> Tensor:
+        weight = self.get_base_layer().weight
+        state = (weight.data_ptr(), weight._version, weight.dtype)
+        if self._row_norm is None or self._row_norm[0] != state:
+            frozen = self.frozen_weight().detach()
+            wide = torch.promote_types(frozen.dtype, torch.float32)
+            self._row_norm = (state, torch.linalg.norm(frozen.to(wide), dim=1))
+        return self._row_norm[1]
 
     def frozen_linear(self, x: Tensor) -> Tensor:
         if self._seen is not None and (self._seen[0] is x or self.is_norm):

@@ -27,6 +27,9 @@ class PlainHost:
     def frozen_weight(self) -> Tensor:
         return self.weight
 
+    def frozen_row_norm(self) -> Tensor:
+        return torch.linalg.norm(self.weight, dim=1)
+
     def frozen_linear(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
