@@ -235,6 +235,14 @@ def test_norms_without_a_weight_carry_nothing() -> None:
         make_space(sites, ["lnfit"])
 
 
+def test_a_kind_of_linear_layers_is_refused_on_a_norm() -> None:
+    model = TINY["bert"]()
+    norm = next(s for s in find_sites(model) if s.role == "norm")
+    placement = Placement({Slot((norm,), "lora", (2,)): 2})
+    with pytest.raises(SiteError, match=r"'lora' needs a linear layer; .*LayerNorm' is no such"):
+        attach(model, placement)
+
+
 def test_norms_do_not_change_the_estimate_of_memory() -> None:
     train = SimpleNamespace(
         max_length=16, batch_size=4, gradient_accumulation=1, gradient_checkpointing=False
@@ -242,4 +250,8 @@ def test_norms_do_not_change_the_estimate_of_memory() -> None:
     config = SimpleNamespace(precision="fp32", train=train)
     sites = find_sites(TINY["bert"]())
     linear = [s for s in sites if s.role != "norm"]
-    assert estimate_memory(config, sites, 10, 1) == estimate_memory(config, linear, 10, 1)
+    with_norms, without = (
+        SimpleNamespace(config=config, sites=s, n_base=10, n_tokens=16) for s in (sites, linear)
+    )
+    assert len(linear) < len(sites)
+    assert estimate_memory(with_norms, 1) == estimate_memory(without, 1)

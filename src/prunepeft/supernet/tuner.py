@@ -101,6 +101,8 @@ class UnionModel(BaseTuner):
                 else modules[path]
             )
             _check_dims(path, site, base)
+            for kind in (slot_kind(slot) for slot, s, _ in entries if not slot_kind(slot).fits(s)):
+                raise SiteError(f"{kind.name!r} needs {kind.home}; {path!r} is no such site.")
             if any("attention" in slot_kind(slot).stages(s) for slot, s, _ in entries):
                 parent = path.rpartition(".")[0]
                 check_attention(modules[parent], parent)
