@@ -27,7 +27,7 @@ def main() -> None:
 
 def render() -> str:
     """The whole page."""
-    parts = [(HERE / "about.md").read_text("utf-8"), *_first(), *_recorder(), *_kinds()]
+    parts = [(HERE / "about.md").read_text("utf-8"), *_first(), *_recorder(), *_kinds(), *_alone()]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -132,6 +132,33 @@ def _kinds() -> list[str]:
             )
         lines.append("")
     return lines
+
+
+def _alone() -> list[str]:
+    suite = yaml.safe_load((HERE / "kinds" / "suite.yaml").read_text("utf-8"))
+    lines: list[str] = []
+    for task, settings in suite["tasks"].items():
+        rows = []
+        for kind in suite["kinds"]:
+            files = [HERE / f"kinds/quality/{task}/{kind}-seed{s}.json" for s in suite["seeds"]]
+            if found := [_read(f)["result"] for f in files if f.is_file()]:
+                values = [r["metric"] for r in found]
+                rows.append(
+                    f"| {kind} | {statistics.mean(values):.4f} ± {_std(values):.4f} "
+                    f"| {found[0]['n_params']:,} | {_mean(found, 'train_seconds'):.0f} "
+                    f"| {found[0]['lr']:g} | {len(found)} |"
+                )
+        if rows:
+            lines += [
+                f"### {task}: {settings['metric']}",
+                "",
+                "| kind | metric | parameters | training, seconds | learning rate | seeds |",
+                "|---|---|---|---|---|---|",
+                *rows,
+                "",
+            ]
+    about = (HERE / "kinds" / "quality.md").read_text("utf-8").format(rows=suite["rows"])
+    return ["", about.rstrip(), "", *lines] if lines else []
 
 
 def _path(task: str, method: str, seed: int) -> Path:
