@@ -102,6 +102,37 @@ _TABLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "deit": ("deit", _DEIT, "image-cls"),
 }
 
+_BART = {
+    "d_model": HIDDEN,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": FFN,
+    "decoder_ffn_dim": FFN,
+    "dropout": 0.0,
+    "decoder_start_token_id": 0,
+    "forced_eos_token_id": None,
+}
+_PLAIN = _TOKENS | _SIZES | {"max_position_embeddings": 32}
+_NO_HIDDEN_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+# More families, for tests that need many names of layers.
+_MORE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "xlm_roberta": ("xlm-roberta", _BERT | {"max_position_embeddings": 34}, "seq-cls"),
+    "camembert": ("camembert", _BERT | {"max_position_embeddings": 34}, "seq-cls"),
+    "electra": ("electra", _BERT | {"embedding_size": 8}, "seq-cls"),
+    "bart": ("bart", _TOKENS | _BART | {"max_position_embeddings": 32}, "seq2seq"),
+    "mpnet": ("mpnet", _BERT | {"max_position_embeddings": 34}, "seq-cls"),
+    "modernbert": ("modernbert", _PLAIN | {"sep_token_id": 2, "cls_token_id": 1}, "seq-cls"),
+    "phi": ("phi", _PLAIN | {"resid_pdrop": 0.0}, "causal-lm"),
+    "phi3": ("phi3", _LLAMA | {"resid_pdrop": 0.0}, "causal-lm"),
+    "gpt_neox": ("gpt_neox", _PLAIN | _NO_HIDDEN_DROPOUT, "causal-lm"),
+    "bloom": ("bloom", _PLAIN | {"n_layer": LAYERS, "n_head": HEADS}, "causal-lm"),
+    "starcoder2": ("starcoder2", _LLAMA | {"residual_dropout": 0.0}, "causal-lm"),
+    "olmo2": ("olmo2", _LLAMA, "causal-lm"),
+    "granite": ("granite", _LLAMA, "causal-lm"),
+}
+
 
 def make_tiny(
     name: str, head: str | None = None, *, seed: int = 0, n_labels: int = 3, **overrides: Any
@@ -111,13 +142,13 @@ def make_tiny(
     Every tensor, biases and norms too, is random, so that nothing cancels by being zero or one.
 
     Args:
-        name: A key of `TINY`.
+        name: A key of `TINY` or `MORE`.
         head: A key of `HEAD_CLASSES`; the family's usual one when not given.
         seed: Fixes all weights; the global generator is left alone.
         n_labels: Classes of a classification head.
         overrides: Fields of the configuration.
     """
-    model_type, settings, default = _TABLE[name]
+    model_type, settings, default = (_TABLE | _MORE)[name]
     config = AutoConfig.for_model(model_type, **(settings | {"num_labels": n_labels} | overrides))
     with torch.random.fork_rng(devices=[]):
         model = HEAD_CLASSES[head or default].from_config(config, dtype=torch.float32).eval()
@@ -133,6 +164,7 @@ def make_tiny(
 TINY: dict[str, Callable[..., PreTrainedModel]] = {
     name: partial(make_tiny, name) for name in _TABLE
 }
+MORE: dict[str, Callable[..., PreTrainedModel]] = {name: partial(make_tiny, name) for name in _MORE}
 
 
 def tiny_inputs(

@@ -19,7 +19,7 @@ class Watched(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         if self.observer is not None:
-            self.observer(SimpleNamespace(slot_id=self.slot_id), y)
+            self.observer(SimpleNamespace(slot_id=self.slot_id), y, x)
         return y
 
 

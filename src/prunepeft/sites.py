@@ -32,8 +32,8 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
 
     The names of known families are looked up in `FAMILIES`. For any other model the lists of equal
     blocks are taken, roles come from names that say so, and a warning shows what was found.
-    Embeddings, poolers and task heads are never sites. No weight is read, so a model on the meta
-    device will do.
+    Embeddings, poolers, task heads and layers without any feature are never sites. No weight is
+    read, so a model on the meta device will do.
 
     Raises:
         SiteError: if no repeated block holds a linear layer, or the model carries adapters already.
@@ -182,7 +182,8 @@ def _read_sites(found: Sequence[_Blocks]) -> tuple[tuple[Site, ...], list[Site]]
 
 def _layer_sites(module: nn.Module, prefix: str, base: Site, stack: Stack) -> Iterator[Site]:
     for name, child in module.named_modules():
-        if dims := layer_dims(child):
+        dims = layer_dims(child)
+        if dims and all(dims):
             block, role = stack.names.get(name) or guess_role(name)
             yield replace(
                 base,

@@ -267,12 +267,13 @@ def test_attention_weights_keep_their_shape() -> None:
 
 def test_observer_sees_the_change_of_the_attention_output() -> None:
     net, module, inputs = one_head()
-    seen: list[tuple[str, Tensor]] = []
-    module.value.observer = lambda branch, delta: seen.append((branch.slot_id, delta))
+    seen: list[tuple[str, Tensor, Tensor]] = []
+    module.value.observer = lambda branch, *tensors: seen.append((branch.slot_id, *tensors))
     attend(module, **inputs, attention_mask=None, scaling=1.0, dropout=0.9)
-    ((slot_id, delta),) = seen
+    ((slot_id, delta, base),) = seen
     assert slot_id == placement_of(net).ids[0]
     assert_close(delta.flatten(), torch.tensor([-0.75, 0.75]))
+    assert_close(base.flatten(), torch.tensor([1.0, 0.0]))
     assert not delta.requires_grad
 
 

@@ -20,10 +20,13 @@ class Module(Protocol):
 
 
 class Observable(Protocol):
-    """A layer that calls `observer(module, delta)` in forward with each module's contribution."""
+    """A layer that calls `observer(module, delta, base)` in forward for each module on it.
+
+    `delta` is what the module adds, `base` what it adds it to, both (..., width).
+    """
 
     training: bool
-    observer: Callable[[Module, Tensor], None] | None
+    observer: Callable[[Module, Tensor, Tensor], None] | None
 
 
 class Recorder:
@@ -156,7 +159,7 @@ class Recorder:
             collected |= {"weights": weights, "init_rms": self._init_rms}
         return Record(units=tuple(self.units), steps=self.steps, **collected)
 
-    def _observe(self, layer: Observable, module: Module, delta: Tensor) -> None:
+    def _observe(self, layer: Observable, module: Module, delta: Tensor, base: Tensor) -> None:
         # A graph task runs while gradient checkpointing repeats a forward pass that was counted.
         repeated = torch._C._current_graph_task_id() != -1
         # The first step tells little (LoRA starts at zero), but it may be the only one.

@@ -76,6 +76,9 @@ class Alore(Kind):
         low_rank = {"U": (n, width // n, size), "V": (n, size, width // n)}
         return dict.fromkeys(mixes, (n, n, n)) | low_rank
 
+    def feature_axes(self, site: Site, side: str) -> Mapping[str, int] | None:
+        return {} if self.position == ("post" if side == "in" else "pre") else None
+
     def init(
         self, shapes: Mapping[str, tuple[int, ...]], host: Host, generator: torch.Generator
     ) -> dict[str, Tensor]:

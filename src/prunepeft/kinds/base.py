@@ -62,9 +62,14 @@ class Kind(ABC):
         roles: Default tied groups of site roles that get one slot each in every layer.
         shrink_axes: Tensor name -> axis of its rank, for kinds whose size can be cut; several
             axes, or one entry for many tensors, go with a `rank_axes` of the kind's own.
+        in_axes: Tensor name -> its axis along the layer's input features; {} if the module does not
+            depend on how many there are. None if a tensor mixes them, so that none can be cut.
+        out_axes: The same for the output features.
         sized: False for kinds without a size (their only size is 1).
         max_default_size: Largest size chosen where none is given.
         needs_source: True if it reads the sub-layer's input (only at `o` and `down` sites).
+        reads_weight: True if `delta` depends on the frozen weight, so that another weight would
+            make another module of it.
         home: What `fits` asks for, in words that follow "needs".
     """
 
@@ -75,7 +80,10 @@ class Kind(ABC):
     sized: ClassVar[bool] = True
     max_default_size: ClassVar[int] = 64
     needs_source: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
     shrink_axes: ClassVar[Mapping[str, int | tuple[int, ...]]] = {}
+    in_axes: ClassVar[Mapping[str, int] | None] = None
+    out_axes: ClassVar[Mapping[str, int] | None] = None
     home: ClassVar[str] = "a linear layer"
     formula: ClassVar[str] = ""
 
@@ -151,6 +159,42 @@ class Kind(ABC):
         cut = dict(params)
         for name in cut:
             for axis in self.rank_axes(name, params[name]):
+                cut[name] = cut[name].index_select(axis, keep.to(cut[name].device))
+        return cut
+
+    def feature_axes(self, site: Site, side: str) -> Mapping[str, int] | None:
+        """`in_axes` or `out_axes` at this site, for side "in" or "out"."""
+        return self.in_axes if side == "in" else self.out_axes
+
+    def cut(
+        self,
+        params: Params,
+        site: Site,
+        rows: Tensor | None,
+        cols: Tensor | None,
+        scaling: float,
+        host: Host,
+    ) -> dict[str, Tensor] | None:
+        """Tensors of this module on a layer that keeps only some of its features.
+
+        The kept outputs stay as they were for every input that is zero at the features that go.
+
+        Args:
+            params: The module's tensors.
+            site: Where it sits, with the widths from before.
+            rows: Output features that stay, ascending indices; None: all.
+            cols: Input features that stay; None: all.
+            scaling: Factor of the update.
+            host: The layer from before the cut.
+        Returns:
+            None if the module has no such form: its tensors mix the features, see `in_axes`.
+        """
+        cut = dict(params)
+        for side, keep in (("out", rows), ("in", cols)):
+            axes = {} if keep is None else self.feature_axes(site, side)
+            if axes is None:
+                return None
+            for name, axis in axes.items():
                 cut[name] = cut[name].index_select(axis, keep.to(cut[name].device))
         return cut
 

@@ -30,6 +30,8 @@ class BitFit(Kind):
     )
     mergeable: ClassVar[bool] = True
     sized: ClassVar[bool] = False
+    in_axes: ClassVar[Mapping[str, int]] = {}
+    out_axes: ClassVar[Mapping[str, int]] = {"db": 0}
     home: ClassVar[str] = "a layer with a bias"
     formula: ClassVar[str] = "d_out"
 

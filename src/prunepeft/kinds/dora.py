@@ -40,6 +40,9 @@ class Dora(Kind):
     )
     mergeable: ClassVar[bool] = True
     shrink_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
+    in_axes: ClassVar[Mapping[str, int]] = {"A": 1}
+    out_axes: ClassVar[Mapping[str, int]] = {"B": 0, "magnitude": 0}
+    reads_weight: ClassVar[bool] = True
     formula: ClassVar[str] = "R (d_in + d_out) + d_out"
 
     alpha: float | None = None
@@ -88,6 +91,27 @@ class Dora(Kind):
         direction = weight + scaling * (params["B"] @ params["A"])
         factor = params["magnitude"] / _at_least_tiny(torch.linalg.norm(direction, dim=1))
         return factor[:, None] * direction, bias
+
+    def cut(
+        self,
+        params: Params,
+        site: Site,
+        rows: Tensor | None,
+        cols: Tensor | None,
+        scaling: float,
+        host: Host,
+    ) -> dict[str, Tensor] | None:
+        """Cut tensors; m shrinks with the row norms of V = W + s B A, so that c stays."""
+        cut = super().cut(params, site, rows, cols, scaling, host)
+        if cut is not None and cols is not None:
+            wide = torch.promote_types(params["B"].dtype, torch.float32)
+            a, b = params["A"].detach().to(wide), params["B"].detach().to(wide)
+            direction = host.frozen_weight().to(wide) + scaling * (b @ a)
+            direction = direction if rows is None else direction[rows.to(b.device)]
+            before = _at_least_tiny(torch.linalg.norm(direction, dim=1))
+            after = torch.linalg.norm(direction[:, cols.to(b.device)], dim=1)
+            cut["magnitude"] = cut["magnitude"] * (after / before)
+        return cut
 
 
 def direction_norm(host: Host, params: Params, scaling: float) -> Tensor:

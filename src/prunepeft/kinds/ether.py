@@ -52,6 +52,9 @@ class Ether(Kind):
     def shapes(self, site: Site, size: int) -> dict[str, tuple[int, ...]]:
         return {"u": _blocks(self.name, site, self.side, self.blocks)}
 
+    def feature_axes(self, site: Site, side: str) -> Mapping[str, int] | None:
+        return None if self.side.startswith(side) else {}
+
     def init(
         self, shapes: Mapping[str, tuple[int, ...]], host: Host, generator: torch.Generator
     ) -> dict[str, Tensor]:
@@ -112,6 +115,9 @@ class EtherPlus(Kind):
             for side in self._sides
             for vector in ("u", "v")
         }
+
+    def feature_axes(self, site: Site, side: str) -> Mapping[str, int] | None:
+        return None if any(own.startswith(side) for own in self._sides) else {}
 
     def init(
         self, shapes: Mapping[str, tuple[int, ...]], host: Host, generator: torch.Generator

@@ -34,6 +34,9 @@ class Ia3(Kind):
     def shapes(self, site: Site, size: int) -> dict[str, tuple[int, ...]]:
         return {"l": (site.d_in if self.stages(site) == ("input",) else site.d_out,)}
 
+    def feature_axes(self, site: Site, side: str) -> Mapping[str, int] | None:
+        return {"l": 0} if (side == "in") == (self.stages(site) == ("input",)) else {}
+
     def init(
         self, shapes: Mapping[str, tuple[int, ...]], host: Host, generator: torch.Generator
     ) -> dict[str, Tensor]:

@@ -40,6 +40,8 @@ class Lora(Kind):
     mergeable: ClassVar[bool] = True
     servable: ClassVar[bool] = True
     shrink_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
+    in_axes: ClassVar[Mapping[str, int]] = {"A": 1}
+    out_axes: ClassVar[Mapping[str, int]] = {"B": 0}
     formula: ClassVar[str] = "R (d_in + d_out)"
 
     alpha: float | None = None

@@ -32,6 +32,8 @@ class Prefix(Kind):
     name: ClassVar[str] = "prefix"
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("v",),)
     shrink_axes: ClassVar[Mapping[str, int]] = {"keys": 0, "values": 0}
+    in_axes: ClassVar[Mapping[str, int]] = {}
+    out_axes: ClassVar[Mapping[str, int]] = {"keys": 1, "values": 1}
     home: ClassVar[str] = "a self-attention with a value layer, or with a fused one of equal heads"
     formula: ClassVar[str] = "2 R d_kv"
 
@@ -44,13 +46,30 @@ class Prefix(Kind):
         return ("attention",)
 
     def fits(self, site: Site) -> bool:
-        # With grouped queries a fused layer does not tell the width of its keys.
-        is_whole = site.role == "v" or (site.role == "fused_qkv" and site.d_out == 3 * site.d_in)
+        # With grouped queries a fused layer does not tell the width of its keys. One that lost
+        # heads is narrower.
+        is_equal = site.d_out % 3 == 0 and site.d_out <= 3 * site.d_in
+        is_whole = site.role == "v" or (site.role == "fused_qkv" and is_equal)
         return site.block == "attention" and is_whole
 
     def shapes(self, site: Site, size: int) -> dict[str, tuple[int, ...]]:
-        width = site.d_in if site.role == "fused_qkv" else site.d_out
+        width = site.d_out // 3 if site.role == "fused_qkv" else site.d_out
         return {"keys": (size, width), "values": (size, width)}
+
+    def cut(
+        self,
+        params: Params,
+        site: Site,
+        rows: Tensor | None,
+        cols: Tensor | None,
+        scaling: float,
+        host: Host,
+    ) -> dict[str, Tensor] | None:
+        """Cut tensors; of a fused layer (queries, keys, values) the last third says which heads."""
+        if rows is not None and site.role == "fused_qkv":
+            start = 2 * site.d_out // 3
+            rows = rows[rows >= start] - start
+        return super().cut(params, site, rows, cols, scaling, host)
 
     def init(
         self, shapes: Mapping[str, tuple[int, ...]], host: Host, generator: torch.Generator

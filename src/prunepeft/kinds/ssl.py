@@ -27,6 +27,8 @@ class Ssl(Kind):
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("k", "v"), ("up", "gate"))
     mergeable: ClassVar[bool] = True
     sized: ClassVar[bool] = False
+    in_axes: ClassVar[Mapping[str, int]] = {"l": 0}
+    out_axes: ClassVar[Mapping[str, int]] = {}
     formula: ClassVar[str] = "d_in"
 
     def stages(self, site: Site) -> tuple[str, ...]:
@@ -65,6 +67,7 @@ class Ssb(Ssl):
     """
 
     name: ClassVar[str] = "ssb"
+    out_axes: ClassVar[Mapping[str, int]] = {"s": 0}
     formula: ClassVar[str] = "d_in + d_out"
 
     scale_bias: bool = False

@@ -116,6 +116,13 @@ def remove_slots(net: PeftModel, ids: Iterable[str], adapter: str = ADAPTER) -> 
     for slot_id in gone:
         for layer, kind in layers[slot_id]:
             layer.drop(adapter, kind)
+    unwrap(base)
+    config = net.peft_config[adapter]
+    config.set_placement(config.get_placement().without(gone))
+
+
+def unwrap(base: nn.Module) -> None:
+    """Give layers and attentions on which no module is left their own form back."""
     for name, module in list(base.named_modules()):
         if not isinstance(module, UnionLayer):
             continue
@@ -126,8 +133,6 @@ def remove_slots(net: PeftModel, ids: Iterable[str], adapter: str = ADAPTER) -> 
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, module.base_layer)
     release(base)
-    config = net.peft_config[adapter]
-    config.set_placement(config.get_placement().without(gone))
 
 
 def shrink_slot(net: PeftModel, slot_id: str, keep: Tensor, adapter: str = ADAPTER) -> None:

@@ -26,7 +26,7 @@ Output = tuple[Tensor, Tensor | None]
 Prefix = tuple[UnionLayer, str, Branch]  # the layer it lies on, its adapter, itself
 
 
-def check_attention(module: nn.Module, path: str) -> None:
+def check_attention(module: nn.Module, path: str, *, is_fused: bool = False) -> None:
     """Raise an error unless this attention can carry a prefix.
 
     Raises:
@@ -40,6 +40,11 @@ def check_attention(module: nn.Module, path: str) -> None:
         raise SiteError(
             f"the attention {path!r} ({type(module).__name__}) cannot carry a prefix: it does not "
             "go through the attention interface of transformers. Use other kinds on this model."
+        )
+    if is_fused and getattr(module, "num_key_value_groups", 1) != 1:
+        raise SiteError(
+            f"the attention {path!r} shares keys among its heads in a fused layer, which does not "
+            "tell the width of the keys, so it cannot carry a prefix. Use other kinds."
         )
     _implementation(module)
 
@@ -107,7 +112,8 @@ def attend(
         if layer.observer is not None:
             with torch.no_grad():  # and without dropout, whose noise would pass for a contribution
                 others = [p for p in prefixes if p is not prefix]
-                layer.observer(branch, run(prefixes)[0] - run(others)[0])
+                without = run(others)[0]
+                layer.observer(branch, run(prefixes)[0] - without, without)
     return run(prefixes, dropout)
 
 

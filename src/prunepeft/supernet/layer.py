@@ -13,6 +13,7 @@ from prunepeft.errors import StateError
 from prunepeft.kinds.base import STAGES, Kind, seeded
 from prunepeft.sites import norm_width
 from prunepeft.space import Site
+from prunepeft.supernet.input_tap import InputTap, taps_on
 from prunepeft.supernet.norm_scale import scale_offset
 
 PREFIX = "union_"
@@ -48,38 +49,6 @@ class Branch:
         self.tensors = tuple(self.kind.shapes(self.site, self.size))
 
 
-class InputTap:
-    """Carries a sub-layer's input from the linear that reads it to the one that writes its output.
-
-    It is a forward pre-hook on the reading layer. The writing layer empties it at the end of its
-    forward pass, so no activation outlives the pass; it is never copied or pickled with the model.
-    """
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-        self.handle: torch.utils.hooks.RemovableHandle | None = None
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-    ) -> None:
-        self.value = args[0] if args else next(iter(kwargs.values()))
-
-    def read(self) -> Tensor:
-        if self.value is None:
-            raise StateError(
-                "a parallel adapter ran before its sub-layer's input was read; the model calls its "
-                "layers in an unusual order, so use kinds without a source (serial_adapter, lora)."
-            )
-        return self.value
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "InputTap":
-        memo[id(self)] = copy = InputTap()
-        return copy
-
-    def __reduce__(self) -> tuple[type["InputTap"], tuple[()]]:
-        return InputTap, ()
-
-
 class UnionLayer(nn.Module, BaseTunerLayer):
     """A frozen linear or normalisation layer and its modules, in the order of `STAGES`.
 
@@ -93,7 +62,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         self.branches: dict[str, dict[str, Branch]] = {}
         self.merged_adapters: list[str] = []
         self.tap: InputTap | None = None
-        self.observer: Callable[[Branch, Tensor], None] | None = None
+        self.observer: Callable[[Branch, Tensor, Tensor], None] | None = None
         self._kept: tuple[Tensor, Tensor | None] | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
         self._row_norm: tuple[tuple[object, ...], Tensor] | None = None
@@ -201,6 +170,8 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         for name, branch in at["input"]:
             shifted = shifted + self._contribution(name, branch, "input", shifted, shifted)
         y = self.base_layer(shifted, *args, **kwargs)
+        for tap in taps_on(self.base_layer):
+            tap.value = x
         self._seen = (x, y) if shifted is x else None
         total = self._changed_product(at["product"], x, y)
         before = total
@@ -235,7 +206,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         if branch.gate != 1.0:
             delta = delta * branch.gate
         if self.observer is not None and stage == branch.stages[-1]:
-            self.observer(branch, delta)
+            self.observer(branch, delta, y)
         return delta.to(out_dtype)
 
     # --- merge -----------------------------------------------------------------------------
@@ -247,7 +218,8 @@ class UnionLayer(nn.Module, BaseTunerLayer):
             return
         base = self.get_base_layer()
         original = (base.weight.detach().clone(), _bias_of(base))
-        weight, bias = self._merged(adapters)
+        branches = [(a, b) for a in adapters for b in self.branches[a].values()]
+        weight, bias = self.merged_with(branches)
         if safe_merge and not torch.isfinite(weight).all():
             raise ValueError(f"NaN or infinite values in the merged weight of adapters {adapters}.")
         if self._kept is None:
@@ -267,7 +239,8 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         self._kept = None
         self.merged_adapters.clear()
 
-    def _merged(self, adapters: list[str]) -> tuple[Tensor, Tensor | None]:
+    def merged_with(self, active: list[tuple[str, Branch]]) -> tuple[Tensor, Tensor | None]:
+        """Weight (d_out, d_in) and bias of the frozen layer with these modules in it."""
         wide = torch.float64 if self.frozen_weight().dtype == torch.float64 else torch.float32
         frozen = self.frozen_weight().to(wide)
         offset = scale_offset(self.get_base_layer()) if self.is_norm else 0.0
@@ -275,9 +248,9 @@ class UnionLayer(nn.Module, BaseTunerLayer):
             frozen = frozen + offset
         base_bias = _bias_of(self.get_base_layer())
         weight, bias = frozen, None if base_bias is None else base_bias.to(wide)
-        active = [(a, b) for a in adapters for b in self.branches[a].values()]
         for stage in STAGES:
-            for name, branch in (a for a in active if stage in a[1].stages):
+            acting = [a for a in active if stage in a[1].stages]
+            for name, branch in reversed(acting) if stage == "input" else acting:
                 own = self.params(name, branch.kind.name)
                 params = {k: v.detach().to(wide) for k, v in own.items()}
                 start = frozen if stage == "add" else weight

@@ -15,7 +15,9 @@ from prunepeft.kinds import slot_kind
 from prunepeft.sites import layer_dims, norm_width
 from prunepeft.space import Placement, Site, Slot
 from prunepeft.supernet.attention import carry, check_attention, release
-from prunepeft.supernet.layer import PREFIX, Branch, InputTap, UnionLayer
+from prunepeft.supernet.base_digest import base_digest, check_base, is_digest
+from prunepeft.supernet.input_tap import InputTap
+from prunepeft.supernet.layer import PREFIX, Branch, UnionLayer
 
 
 class UnionPeftType(enum.StrEnum):
@@ -33,6 +35,7 @@ class UnionConfig(PeftConfig):
         init_seed: Seed of the modules' first values.
         modules_to_save: Modules trained in full and saved beside (the task head).
         target_modules: Informative: the paths that carry modules.
+        base_digest: Content digest of the pruned base model; None on an unpruned one.
     """
 
     placement: dict[str, Any] | None = None
@@ -41,15 +44,29 @@ class UnionConfig(PeftConfig):
     target_modules: list[str] | None = None
     exclude_modules: list[str] | None = None
     bias: str = field(default="none")
+    base_digest: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._was_saved = False
+        if self.base_digest is not None and not is_digest(self.base_digest):
+            raise CheckpointError(
+                f"base_digest in the adapter's config is {self.base_digest!r:.80}, not a SHA-256 "
+                "in hex; the file is damaged. Restore it from a copy."
+            )
         self.peft_type = UnionPeftType.PRUNEPEFT
         if isinstance(self.placement, Placement):
             self.placement = self.placement.to_dict()
         if self.bias != "none":
             raise ConfigError(f"UnionConfig.bias must be 'none'; got {self.bias!r}.")
         self.set_placement(Placement.from_dict(self.placement) if self.placement else Placement())
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "UnionConfig":
+        """Read a saved config; one without `base_digest` belongs to an unpruned base."""
+        config = super().from_pretrained(*args, **kwargs)
+        config._was_saved = True
+        return config
 
     def set_placement(self, placement: Placement) -> None:
         """Replace the placement and everything derived from it."""
@@ -67,6 +84,8 @@ class UnionConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """JSON form; head names are listed once, however often peft has appended them."""
         data = super().to_dict()
+        if self.base_digest is None:
+            del data["base_digest"]
         if self.modules_to_save is not None:
             data["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
         return data
@@ -85,6 +104,9 @@ class UnionModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: UnionConfig, model: nn.Module) -> None:
+        if peft_config.base_digest is None and not peft_config._was_saved:
+            peft_config.base_digest = base_digest(model)
+        check_base(peft_config.base_digest, model)
         modules = dict(model.named_modules())
         for path, entries in peft_config.by_path.items():
             site = entries[0][1]
@@ -105,7 +127,7 @@ class UnionModel(BaseTuner):
                 raise SiteError(f"{kind.name!r} needs {kind.home}; {path!r} is no such site.")
             if any("attention" in slot_kind(slot).stages(s) for slot, s, _ in entries):
                 parent = path.rpartition(".")[0]
-                check_attention(modules[parent], parent)
+                check_attention(modules[parent], parent, is_fused=site.role == "fused_qkv")
 
     @staticmethod
     def _check_target_module_exists(peft_config: UnionConfig, key: str) -> bool:
