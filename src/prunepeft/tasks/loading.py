@@ -21,7 +21,8 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as hf_logging
 
-from prunepeft.errors import CheckpointError, ConfigError
+from prunepeft.errors import CheckpointError, ConfigError, PrunePeftError
+from prunepeft.structured.opening import empty_model, open_model
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _errors(what: str, path: str) -> Iterator[None]:
     hf_logging.disable_progress_bar()
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, PrunePeftError):
         raise
     except SafetensorError as error:
         raise CheckpointError(
@@ -161,9 +162,10 @@ def load_pretrained(
         raise ConfigError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}.")
     place = check_path(path)
     with _errors("weights", path), _seeded(seed):
-        model, info = auto_class.from_pretrained(
+        model, info = open_model(
+            auto_class,
             place,
-            config=config,
+            config,
             dtype=DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             local_files_only=Path(place).is_dir(),
@@ -211,8 +213,8 @@ def make_empty(
     auto_class: Any, path: str, config: PreTrainedConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Build the architecture of `config` on the meta device, without weights."""
-    with _errors("architecture", path), torch.device("meta"):
-        return auto_class.from_config(config, trust_remote_code=trust_remote_code).eval()
+    with _errors("architecture", path):
+        return empty_model(auto_class, config, trust_remote_code=trust_remote_code).eval()
 
 
 def find_max_positions(config: PreTrainedConfig) -> int | None:
@@ -252,9 +254,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
                 f"the tokenizer of model {path!r} has no pad, end or unknown token; add one."
             )
         tokenizer.pad_token = token
-    if (
-        getattr(text, "type_vocab_size", 0) < 2
-    ):  # the model has one kind of token, or no input for it
+    if getattr(text, "type_vocab_size", 0) < 2:  # one kind of token, or no input for it
         names = tokenizer.model_input_names
         tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
     tokenizer.padding_side = tokenizer.truncation_side = "right"

@@ -12,6 +12,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from prunepeft.errors import CheckpointError, ConfigError, SiteError
 from prunepeft.sites import layer_dims
+from prunepeft.structured.opening import empty_model, open_model
+from prunepeft.supernet.base_digest import check_base
 from prunepeft.supernet.export.source import SavedAdapter
 
 logger = logging.getLogger(__name__)
@@ -64,8 +66,9 @@ def make_skeleton(adapter: SavedAdapter, base: Base) -> nn.Module | None:
             base.name, revision=base.revision, local_files_only=True, trust_remote_code=False
         )
         config = _with_labels(config, adapter, base)
-        with torch.device("meta"):
-            return _model_class(adapter, config)._from_config(config)
+        return empty_model(_model_class(adapter, config), config)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, ConfigError) as error:
         logger.info("cannot build %s without weights: %s", base.name, error)
         return None
@@ -93,15 +96,16 @@ def load_base(adapter: SavedAdapter, base: Base) -> tuple[PreTrainedModel, torch
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         cls = _model_class(adapter, config)
         config = _with_labels(config, adapter, base)
-        model, info = cls.from_pretrained(
+        model, info = open_model(
+            cls,
             base.name,
-            config=config,
+            config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # a head for other classes is replaced
             output_loading_info=True,
             **source,
         )
-    except ConfigError:
+    except (ConfigError, CheckpointError):
         raise
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
@@ -129,6 +133,7 @@ def check_fit(adapter: SavedAdapter, model: nn.Module | None) -> str:
     """
     if model is None:
         return UNCHECKED
+    check_base(adapter.base_digest, model)
     modules = dict(model.named_modules())
     paths = {m.site.path: m.site for m in adapter.modules}
     dims = {path: layer_dims(modules[path]) for path in paths if path in modules}

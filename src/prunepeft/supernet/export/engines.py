@@ -39,6 +39,7 @@ class Facts:
         generates: The base model writes text.
         base: Folder or hub id of the base model.
         path: Folder of the adapter.
+        is_stock: Stock transformers can open the base model.
     """
 
     form: str
@@ -53,6 +54,7 @@ class Facts:
     generates: bool
     base: str
     path: str
+    is_stock: bool = True
 
     @property
     def max_rank(self) -> int | None:
@@ -87,6 +89,8 @@ def serving_table(facts: Facts) -> dict[str, dict[str, str]]:
 
 
 def _peft(facts: Facts) -> Row:
+    if not facts.is_stock:
+        return FLAGS, "load the base model with prunepeft.load_base"
     if facts.form == "union":
         return FLAGS, "several kinds: import prunepeft before loading"
     if facts.form == "serve" and facts.has_head:
@@ -96,6 +100,8 @@ def _peft(facts: Facts) -> Row:
 
 def _refused(facts: Facts) -> Row | None:
     """Reasons that hold for every engine that reads LoRA folders."""
+    if not facts.is_stock:
+        return NO, "cannot open this base model, whose layers have widths of their own"
     if facts.form not in ("lora", "serve"):
         return NO, f"reads LoRA only, this is {facts.form}; export with the format merged"
     if not facts.generates:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from prunepeft.errors import CheckpointError, ConfigError
+from prunepeft.structured.opening import open_model, renew_record
 from prunepeft.supernet.attach import ADAPTER, attach
 from prunepeft.supernet.export.base_model import Base, check_fit, load_base
 from prunepeft.supernet.export.request import Request, Written
@@ -62,10 +63,11 @@ def write_merged(request: Request, folder: Path) -> Written:
     before = _logits(net, inputs)
     _keep_trained_heads(net)
     model = net.merge_and_unload(safe_merge=True).to(dtype)
+    renew_record(model)
     model.save_pretrained(folder)
-    cls = type(model)
+    cls, config = type(model), model.config
     del net, model
-    after = _logits(cls.from_pretrained(folder, dtype=torch.float32).eval(), inputs)
+    after = _logits(open_model(cls, str(folder), config, dtype=torch.float32).eval(), inputs)
     difference = float((before - after).abs().max())
     limit = TOLERANCE * max(1.0, float(before.abs().max()))
     if dtype == torch.float32 and not difference <= limit:

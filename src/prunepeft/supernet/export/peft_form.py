@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunepeft.state import write_json, write_tensors
+from prunepeft.structured.opening import CUT_KEY
 from prunepeft.supernet.export.engines import Facts, write_serving
 from prunepeft.supernet.export.layers import completed_sites, in_every_layer, is_complete
 from prunepeft.supernet.export.request import Request, Written
@@ -144,6 +145,7 @@ def _union_config(adapter: SavedAdapter) -> UnionConfig:
     return UnionConfig(
         placement=adapter.placement.to_dict(),
         init_seed=adapter.init_seed,
+        base_digest=adapter.base_digest,
         modules_to_save=list(adapter.modules_to_save) or None,
         **_origin(adapter),
     )
@@ -174,7 +176,13 @@ def _facts(request: Request, form: str, config: PeftConfig) -> Facts:
         generates=generates(adapter),
         base=request.base.name or "BASE",
         path=str(request.output),
+        is_stock=is_stock(request.skeleton),
     )
+
+
+def is_stock(skeleton: nn.Module | None) -> bool:
+    """Whether stock classes can open the base model: its layers have no widths of their own."""
+    return not hasattr(getattr(skeleton, "config", None), CUT_KEY)
 
 
 def generates(adapter: SavedAdapter) -> bool:

@@ -17,7 +17,12 @@ from prunepeft.space import Site
 from prunepeft.state import write_tensors
 from prunepeft.supernet.export.engines import RANKS, Facts, write_serving
 from prunepeft.supernet.export.layers import completed_sites
-from prunepeft.supernet.export.peft_form import generates, is_transposed, write_checkpoint
+from prunepeft.supernet.export.peft_form import (
+    generates,
+    is_stock,
+    is_transposed,
+    write_checkpoint,
+)
 from prunepeft.supernet.export.request import Request, Written
 from prunepeft.supernet.export.source import KEY, SavedAdapter
 
@@ -168,4 +173,5 @@ def _facts(request: Request, sites: Sequence[Site], rank: int) -> Facts:
         generates=generates(request.adapter),
         base=request.base.name or "BASE",
         path=str(request.output),
+        is_stock=is_stock(request.skeleton),
     )

@@ -13,6 +13,7 @@ from prunepeft.errors import CheckpointError, ConfigError, PrunePeftError
 from prunepeft.kinds import Kind, slot_kind
 from prunepeft.space import Placement, Site
 from prunepeft.state import read_json, read_tensors, verify_folder
+from prunepeft.supernet.base_digest import is_digest
 from prunepeft.supernet.layer import PREFIX
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -62,6 +63,7 @@ class SavedAdapter:
         modules_to_save: Names of the head modules.
         auto_mapping: Class of the base model, for peft's own loader.
         init_seed: Seed of the first values.
+        base_digest: Content digest of the pruned base model; None on an unpruned one.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class SavedAdapter:
     modules_to_save: tuple[str, ...]
     auto_mapping: dict[str, str] | None
     init_seed: int
+    base_digest: str | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -118,6 +121,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         modules_to_save=tuple(dict.fromkeys(head_names)),
         auto_mapping=_auto_mapping(data.get("auto_mapping")),
         init_seed=seed if isinstance(seed := data.get("init_seed", 0), int) else 0,
+        base_digest=_digest(data, folder),
     )
 
 
@@ -181,6 +185,15 @@ def _text(data: Mapping[str, Any], name: str, folder: Path) -> str | None:
     if not isinstance(value, str) or len(value) > 1000 or not value.isprintable():
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: {name} must be plain text; got {value!r:.80}."
+        )
+    return value
+
+
+def _digest(data: Mapping[str, Any], folder: Path) -> str | None:
+    value = data.get("base_digest")
+    if value is not None and not is_digest(value):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: base_digest must be a SHA-256 in hex; got {value!r:.80}."
         )
     return value
 

@@ -48,7 +48,8 @@ def export_adapter(
             (default: that of the base model).
         labels: Names of the classes, for the merged model's config.
     Returns:
-        `format`, `path`, `files`, `n_modules`, `bytes` and `notes`.
+        `format`, `path`, `files`, `n_modules`, `bytes` and `notes`; `base_digest` if the adapter
+        was made on a pruned base.
     Raises:
         UnknownNameError: if the format is unknown.
         ConfigError: if the format cannot hold this adapter, or the output is in use.
@@ -75,6 +76,8 @@ def export_adapter(
         written = writer(request, folder)
         report.update(_report(request, folder, format, [fit, *written.notes]))
         report.update(written.extra)
+        if saved.base_digest is not None:
+            report["base_digest"] = saved.base_digest
         write_json(folder / REPORT_FILE, report)
 
     write_folder(output, fill)
@@ -101,6 +104,8 @@ def export_run(
             f"{folder.path} has no adapter in best/adapter, so the run is not finished; go on with "
             "it by running the same command again."
         )
+    if base is None and folder.base_dir.is_dir():
+        base = str(folder.base_dir)
     if base is None and read_adapter(folder.adapter_dir).base_name is None:
         model = folder.read_config().get("model") if folder.is_run else None
         base = model if isinstance(model, str) else None
