@@ -11,6 +11,8 @@ from prunepeft.evaluate import Evaluator, Scored
 from prunepeft.kinds import cost, slot_cost
 from prunepeft.registry import Registry
 from prunepeft.space import Placement, SearchSpace
+from prunepeft.structured.cut import Cut
+from prunepeft.structured.groups import Group
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Problem:
         fidelity: Share of full training that one round gets.
         seed: Of everything random.
         on_event: Told of each finished step, `on_event(kind, **fields)`.
+        groups: Structures of the base model of which some may go, for methods that prune it.
     """
 
     space: SearchSpace
@@ -36,6 +39,7 @@ class Problem:
     fidelity: Fidelity
     seed: int
     on_event: Callable[..., None] = lambda kind, **fields: None
+    groups: tuple[Group, ...] = ()
 
     def cost(self, placement: Placement) -> int:
         """Cost of a placement in the budget's unit."""
@@ -59,9 +63,17 @@ class Problem:
 
 @dataclass
 class SearchResult:
-    """What a strategy found and what it cost."""
+    """What a strategy found and what it cost.
+
+    Attributes:
+        placement: What to train; on the cut base, if there is a cut.
+        start: Key of the weights to train on from; empty: first values.
+        cut: What stays of the base model; None: all of it.
+    """
 
     placement: Placement
+    start: str = ""
+    cut: Cut | None = None
     history: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     steps: int = 0
@@ -77,9 +89,21 @@ class SearchResult:
 
 
 class Strategy(ABC):
-    """A way to search. Hyper-parameters are the fields of a frozen dataclass."""
+    """A way to search. Hyper-parameters are the fields of a frozen dataclass.
+
+    Class attributes:
+        name: Registered name.
+        section: Section of the configuration whose keys are its fields.
+        cuts_base: Whether it takes heads and neurons out of the base model itself.
+    """
 
     name: ClassVar[str]
+    section: ClassVar[str] = "search"
+    cuts_base: ClassVar[bool] = False
+
+    def check(self, problem: Problem) -> None:
+        """Raise an error if it is clear before any training that the search must fail."""
+        problem.check()
 
     @abstractmethod
     def search(self, problem: Problem) -> SearchResult:
