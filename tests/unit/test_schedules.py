@@ -3,9 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunepeft.errors import ConfigError
-from prunepeft.schedules import cubic, linear
+from prunepeft.schedules import cubic, held_cubic, linear
 
-SCHEDULES = (linear, cubic)
+SCHEDULES = (linear, cubic, held_cubic)
 progress = st.floats(0.0, 1.0)
 
 
@@ -32,3 +32,9 @@ def test_cubic_is_never_behind_linear(p):
 def test_refuses_what_is_not_a_progress(schedule, bad):
     with pytest.raises(ConfigError, match=r"progress must be a number in \[0, 1\]"):
         schedule(bad)
+
+
+@pytest.mark.parametrize(("warmup", "cooldown"), [(0.5, 0.5), (-0.1, 0.1), (0.1, float("nan"))])
+def test_refuses_a_warmup_and_cooldown_that_leave_no_step(warmup, cooldown):
+    with pytest.raises(ConfigError, match="warmup and cooldown"):
+        held_cubic(0.5, warmup, cooldown)
