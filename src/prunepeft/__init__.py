@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from prunepeft.criteria import CRITERIA
     from prunepeft.errors import PrunePeftError
     from prunepeft.kinds import KINDS
-    from prunepeft.run import search_model as search
+    from prunepeft.library import prune_base, search
     from prunepeft.sites import find_sites
     from prunepeft.space import Placement, SearchSpace, Site, Slot
     from prunepeft.strategies import METHODS
+    from prunepeft.structured.opening import load_base, load_cut
     from prunepeft.supernet.attach import attach, detach, placement_of
     from prunepeft.supernet.export import export_adapter
     from prunepeft.supernet.tuner import UnionConfig
 
 _WHERE = {
-    "search": "prunepeft.run:search_model",
+    "search": "prunepeft.library",
+    "prune_base": "prunepeft.library",
     "find_sites": "prunepeft.sites",
     "make_space": "prunepeft.candidates",
     "place": "prunepeft.candidates",
@@ -34,6 +36,8 @@ _WHERE = {
     "detach": "prunepeft.supernet.attach",
     "placement_of": "prunepeft.supernet.attach",
     "export_adapter": "prunepeft.supernet.export",
+    "load_base": "prunepeft.structured.opening",
+    "load_cut": "prunepeft.structured.opening",
     "Budget": "prunepeft.budget",
     "Placement": "prunepeft.space",
     "SearchSpace": "prunepeft.space",
@@ -49,6 +53,7 @@ _WHERE = {
 
 __all__ = [
     "search",
+    "prune_base",
     "find_sites",
     "make_space",
     "place",
@@ -56,6 +61,8 @@ __all__ = [
     "detach",
     "placement_of",
     "export_adapter",
+    "load_base",
+    "load_cut",
     "Budget",
     "Placement",
     "SearchSpace",

@@ -10,14 +10,14 @@ from datasets import Dataset
 from peft import PeftModel
 
 from prunepeft._version import __version__
-from prunepeft.evaluate import Outcome
+from prunepeft.evaluate import Outcome, Target
 from prunepeft.metrics import METRICS
 from prunepeft.plan import Plan, check_device
 from prunepeft.progress import Progress, SilentProgress
 from prunepeft.space import Placement
 from prunepeft.state import RunFolder
 from prunepeft.supernet import detach
-from prunepeft.trainer_evaluator import Target, TrainerEvaluator
+from prunepeft.trainer_evaluator import TrainerEvaluator
 from prunepeft.training import Phases
 
 

@@ -8,14 +8,16 @@ from prunepeft.config import RunConfig
 from prunepeft.data import Splits
 from prunepeft.kinds import cost, count_params
 from prunepeft.plan import Plan
+from prunepeft.space import Placement
 from prunepeft.state import disk_free
+from prunepeft.structured.cut import n_removed
 from prunepeft.training import n_steps
 
 
 def describe(plan: Plan) -> dict[str, Any]:
     """What would run and what it would cost, as plain data."""
     config, splits = plan.config, plan.splits
-    placement = plan.given or plan.space.full()
+    placement = plan.given or (plan.space.full() if plan.space else Placement())
     supernet = count_params(placement)
     trained = supernet + sum(plan.head.values())
     train_steps = n_steps(len(splits.train), config.train.batch_size) * config.train.epochs
@@ -44,10 +46,29 @@ def describe(plan: Plan) -> dict[str, Any]:
         "memory_bytes": estimate_memory(plan, trained),
         "disk_bytes": estimate_disk(config, plan.limit, supernet, sum(plan.head.values())),
     }
+    if plan.groups:
+        info["base"] = _base(plan)
+        if plan.budget is None and plan.given is None:
+            del info["train"], info["search"], info["candidates"]
+        info["disk_bytes"] += plan.n_base * (2 if config.precision == "bf16" else 4)
     output = Path(config.output or ".").absolute()
     existing = next(p for p in (output, *output.parents) if p.exists())
     info["disk_free_bytes"] = disk_free(existing)
     return info
+
+
+def _base(plan: Plan) -> dict[str, Any]:
+    """What would go of each layer of the base model, and the steps to find out."""
+    config = plan.config
+    ratios = plan.base_ratios if config.base_ratio else plan.strategy.ratios(plan.groups)
+    found: dict[str, Any] = {}
+    for group in plan.groups:
+        n = n_removed(ratios.get(group.what, 0.0), group.n_units) * group.heads_per_unit
+        found.setdefault(group.what, f"{n} of {group.n_units * group.heads_per_unit}")
+    if not plan.strategy.cuts_base:
+        rows = max(1, round(config.base.fidelity * len(plan.splits.train)))
+        found["steps"] = config.base.epochs * n_steps(rows, config.train.batch_size)
+    return found
 
 
 def _data(splits: Splits) -> dict[str, Any]:
@@ -63,7 +84,12 @@ def _data(splits: Splits) -> dict[str, Any]:
 
 def _warnings(plan: Plan) -> list[str]:
     """What may surprise; nothing that stops the run."""
-    if plan.given is not None or cost(plan.space.full(), plan.budget.unit) > plan.limit:
+    if (
+        plan.given is not None
+        or plan.budget is None
+        or plan.strategy.cuts_base
+        or cost(plan.space.full(), plan.budget.unit) > plan.limit
+    ):
         return []
     return [
         "All candidates fit the budget, so nothing is searched; give larger sizes, more kinds or a "
@@ -74,12 +100,14 @@ def _warnings(plan: Plan) -> list[str]:
 def _search_cost(plan: Plan) -> dict[str, Any]:
     """Upper bounds: how many runs, steps and rows the search takes."""
     search, batch, n = plan.config.search, plan.config.train.batch_size, len(plan.splits.train)
-    if plan.given is not None or search.mode in ("none", "random"):
+    mode = getattr(plan.strategy, "mode", "")
+    if plan.given is not None or plan.budget is None or mode in ("none", "random"):
         return {"runs": 0, "steps": 0, "rows_per_training_row": 0.0}
     rows = max(1, round(search.fidelity * n))
-    runs, steps = search.rounds, search.rounds * search.epochs * n_steps(rows, batch)
-    seen = search.rounds * search.epochs * rows
-    if search.warmup and search.mode == "hybrid" and not plan.config.strategy:
+    rounds = getattr(plan.strategy, "rounds", 1)  # a method without rounds trains once
+    runs, steps = rounds, rounds * search.epochs * n_steps(rows, batch)
+    seen = rounds * search.epochs * rows
+    if getattr(plan.strategy, "warmup", False) and mode == "hybrid" and not plan.config.strategy:
         most = 1 + (search.warmup_turns - 1) * len(search.criteria)
         few = min(search.warmup_rows, n)
         runs += most

@@ -1,10 +1,38 @@
 """What a strategy asks of training: saliency of modules, or the task metric of a placement."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
+
+from peft import PeftModel
+from torch import Tensor
 
 from prunepeft.budget import Fidelity
 from prunepeft.space import Placement
+from prunepeft.structured.cut import Cut
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is trained towards.
+
+    Attributes:
+        metric: Name of the metric that decides.
+        greater_is_better: Its direction.
+        head: Names of modules trained in full.
+        task_type: peft task type.
+        stratify: Whether subsets of the rows keep the shares of the labels.
+        search_lr: Learning rate while searching.
+        context: Everything else a result depends on (model, data, settings), for its key.
+    """
+
+    metric: str
+    greater_is_better: bool
+    head: list[str]
+    task_type: str | None
+    stratify: bool
+    search_lr: float
+    context: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -19,6 +47,57 @@ class Scored:
     """
 
     saliency: dict[str, dict[str, float]]
+    key: str = ""
+    loss: float = 0.0
+    seconds: float = 0.0
+    steps: int = 0
+    rows: int = 0
+    peak_memory_bytes: int = 0
+
+
+class Watcher(Protocol):
+    """Looks on, and may act, while a supernet trains.
+
+    Attributes:
+        config: Everything that what is found depends on, as plain JSON values.
+    """
+
+    config: dict[str, Any]
+
+    def attach(self, net: PeftModel) -> None:
+        """Before the optimizer is made: hooks, and trainable parameters (`net.add_module`)."""
+
+    def start(self, steps: int) -> None:
+        """After the optimizer is made; so many optimiser steps are to come."""
+
+    def mark(self) -> None:
+        """An epoch begins; remember the state."""
+
+    def reset(self) -> None:
+        """The epoch is run again because memory ran out; back to the mark."""
+
+    def step(self) -> None:
+        """Once per optimiser step: gradients are summed over micro-batches and not yet clipped."""
+
+    def stop(self) -> dict[str, Tensor]:
+        """Take hooks and parameters off; what was found, on the CPU."""
+
+    def abandon(self) -> None:
+        """Take hooks and parameters off after an error."""
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """What a watcher found in a training.
+
+    Attributes:
+        tensors: By the names of the watcher.
+        key: Name of this run in the journal; the weights at its end are stored under it.
+        loss: Mean training loss of the last epoch.
+        seconds, steps, rows, peak_memory_bytes: What it cost.
+    """
+
+    tensors: dict[str, Tensor]
     key: str = ""
     loss: float = 0.0
     seconds: float = 0.0
@@ -77,4 +156,52 @@ class Evaluator(Protocol):
             init_seed: First values of the modules.
             start: Key of an earlier run to go on from, instead of first values.
             keep: Store the weights at the end under the result's key.
+        """
+
+    def watch(
+        self,
+        placement: Placement,
+        watcher: Watcher,
+        *,
+        name: str,
+        fidelity: Fidelity,
+        seed: int,
+        init_seed: int,
+    ) -> Watched:
+        """Train briefly while a watcher looks on; the weights at the end are kept.
+
+        Args:
+            placement: What is trained.
+            watcher: Finds something out, or acts.
+            name: For the progress line.
+            fidelity: Share of the rows, and passes over them.
+            seed: Data subset, order and dropout.
+            init_seed: First values of the modules.
+        """
+
+    def carry(
+        self,
+        placement: Placement,
+        key: str,
+        cut: Cut | None,
+        keep_ranks: Mapping[str, Sequence[int]],
+    ) -> tuple[Placement, str]:
+        """Cut the base for good, and take trained modules over to it.
+
+        Args:
+            placement: What was trained in the run `key`.
+            key: Of a run whose weights were kept.
+            cut: What stays of the base; None leaves it whole.
+            keep_ranks: Slot id -> ranks that stay; slots that are not named go.
+        Returns:
+            The placement on the cut base, and the key of its weights.
+        """
+
+    def merge(self, placement: Placement, key: str, cut: Cut | None) -> None:
+        """Cut the base for good, and merge trained modules and their head into it.
+
+        Args:
+            placement: What was trained in the run `key`; its kinds must be mergeable.
+            key: Of a run whose weights were kept.
+            cut: What stays of the base; None leaves it whole.
         """

@@ -2,12 +2,13 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from prunepeft.base_plan import narrowed_sites, plan_groups
 from prunepeft.budget import Budget
 from prunepeft.candidates import LORA_ALL_ROLES, make_lora_baseline, make_space, paper_space
 from prunepeft.config import RunConfig
@@ -19,6 +20,7 @@ from prunepeft.sites import count_base_params, find_sites
 from prunepeft.space import Placement, SearchSpace, Site
 from prunepeft.state import read_json
 from prunepeft.strategies import METHODS, Problem, Strategy
+from prunepeft.structured.groups import Group
 from prunepeft.tasks import TASKS, Task
 
 logger = logging.getLogger(__name__)
@@ -40,12 +42,13 @@ class Plan:
         n_base: Parameters of the base model.
         family: Model type, e.g. `bert`.
         sites: Where modules may go.
-        space: The candidates; None when an architecture was given.
+        space: The candidates; None when an architecture was given, or nothing is searched.
         given: The architecture that was given instead of a search.
         budget: The budget; None when only an architecture was given.
         limit: The budget as a whole number.
         head: Modules trained in full, and how many parameters they have.
         n_tokens: Tokens of the longest row, for estimates.
+        groups: What may be cut from the base model; empty if it stays whole.
     """
 
     config: RunConfig
@@ -61,6 +64,21 @@ class Plan:
     limit: int
     head: dict[str, int]
     n_tokens: int
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def base_ratios(self) -> dict[str, float]:
+        """Share of the heads and of the neurons that go."""
+        return dict.fromkeys({g.what for g in self.groups}, self.config.base_ratio)
+
+    def on(self, model: nn.Module) -> "Plan":
+        """The same plan on a base model that was cut: its sites and candidates are narrower.
+
+        The budget stays the number it was on the whole model.
+        """
+        sites = find_sites(model)
+        space = None if self.space is None else _space(self.config, sites, self.budget, self.limit)
+        return replace(self, sites=sites, space=space, n_base=count_base_params(model))
 
     @property
     def strategy(self) -> Strategy:
@@ -96,8 +114,7 @@ def make_plan(config: RunConfig) -> Plan:
     task = TASKS.get(config.task or splits.task)
     metric = config.metric or task.default_metric
     check_metric(metric, task.name, len(splits.labels or ()) or None)
-    trust = config.trust_remote_code
-    model = task.make_empty_model(config.model, splits, trust_remote_code=trust)
+    model = task.make_empty_model(config.model, splits, trust_remote_code=config.trust_remote_code)
     sites = find_sites(model)
     n_base = count_base_params(model)
     budget = Budget.parse(config.budget) if config.budget is not None else None
@@ -111,14 +128,15 @@ def make_plan(config: RunConfig) -> Plan:
         n_base=n_base,
         family=getattr(model.config, "model_type", type(model).__name__),
         sites=sites,
-        space=None if given else _space(config, sites, budget, limit),
+        space=None if given or budget is None else _space(config, sites, budget, limit),
         given=given,
         budget=budget,
         limit=limit,
         head={name: _size(model.get_submodule(name)) for name in task.head_modules(model)},
         n_tokens=task.count_tokens(model.config, config.train.max_length),
+        groups=plan_groups(config, model, cuts_base=METHODS.get(config.method).cuts_base),
     )
-    _check_budget(plan)
+    _check_budget(plan, model)
     return plan
 
 
@@ -127,17 +145,35 @@ def _size(module: nn.Module) -> int:
 
 
 def make_strategy(config: RunConfig) -> Strategy:
-    """The strategy with the settings of `search`."""
-    search = config.search.model_dump(exclude={"fidelity", "epochs", "lr"})
-    search["criteria"] = tuple(search["criteria"])
+    """The strategy of the method, with the settings of its own section of the configuration."""
+    method = METHODS.get(config.method)
+    known = {field.name for field in fields(method)}
+    section = getattr(config, method.section).model_dump(include=known)
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
     if config.strategy:
         data = read_json(Path(config.strategy))
         if not isinstance(data, dict) or not isinstance(data.get("strategy"), dict):
             raise ConfigError(
                 f"{config.strategy} holds no strategy; give best/strategy.json of a finished run."
             )
-        search["strategy"] = data["strategy"]
-    return METHODS.get(config.method)(**search)
+        if "strategy" not in known:
+            raise ConfigError(
+                f"method {config.method} has no partitions, so strategy={config.strategy} says "
+                "nothing to it; leave strategy out."
+            )
+        settings["strategy"] = data["strategy"]
+    if method.cuts_base:
+        settings |= _base_settings(config, settings)
+    return method(**settings)
+
+
+def _base_settings(config: RunConfig, own: dict[str, Any]) -> dict[str, Any]:
+    """What a method that cuts the base is told of it, where its own section is silent."""
+    settings: dict[str, Any] = {"neuron_scope": config.base.scope}
+    if config.base_ratio:
+        silent = [n for n in ("head_ratio", "neuron_ratio") if own.get(n) is None]
+        settings |= dict.fromkeys(silent, config.base_ratio)
+    return settings
 
 
 def read_architecture(path: str) -> Placement:
@@ -179,6 +215,7 @@ def problem_of(plan: Plan, evaluator: Any, on_event: Any) -> Problem:
         fidelity=Fidelity(search.fidelity, search.epochs),
         seed=plan.config.seed,
         on_event=on_event,
+        groups=plan.groups,
     )
 
 
@@ -213,13 +250,39 @@ def _paper_space(config: RunConfig, sites: tuple[Site, ...]) -> SearchSpace:
     return SearchSpace(slots)
 
 
-def _check_budget(plan: Plan) -> None:
+def _check_budget(plan: Plan, model: nn.Module) -> None:
     if plan.given is not None:
         if plan.budget and (n := cost(plan.given, plan.budget.unit)) > plan.limit:
             raise BudgetError(
                 f"the given architecture costs {n:,} {plan.budget.unit}, over the budget of "
                 f"{plan.limit:,}; raise the budget or leave it out."
             )
+        _check_fits(plan.given, plan.sites)
         return
-    problem_of(plan, None, None).check()
-    plan.baseline()
+    if plan.budget is None:  # no search: only the base is cut
+        return
+    plan.strategy.check(problem_of(plan, None, None))
+    if plan.budget.unit == "parameters":
+        plan.baseline()
+    _check_narrowed(plan, model)
+
+
+def _check_narrowed(plan: Plan, model: nn.Module) -> None:
+    """Raise an error if the candidates do not fit the base model as it will be after the cut."""
+    if plan.space is not None and plan.config.base_ratio and not plan.strategy.cuts_base:
+        sites = narrowed_sites(model, plan.groups, plan.base_ratios)
+        _space(plan.config, sites, plan.budget, plan.limit)
+
+
+def _check_fits(given: Placement, sites: tuple[Site, ...]) -> None:
+    """Raise ConfigError if a given architecture is of a base model of other widths."""
+    widths = {s.path: (s.d_in, s.d_out) for s in sites}
+    for site in (site for slot in given for site in slot.sites):
+        found = widths.get(site.path)
+        if found != (site.d_in, site.d_out):
+            there = f"one of {found[0]} to {found[1]}" if found else "no such layer"
+            raise ConfigError(
+                f"the given architecture has a module on {site.path}, of {site.d_in} to "
+                f"{site.d_out} features; this model has {there}. Give the base model it was made "
+                "on: if its run cut the base, that is the folder base/ of the run (model=RUN/base)."
+            )

@@ -72,6 +72,11 @@ def finished_run(run: str | Path) -> RunFolder:
             f"{run} holds no finished run; run the command that started it again, it goes on where "
             "it stopped."
         )
+    if not folder.adapter_dir.is_dir():
+        raise StateError(
+            f"{run} holds a finished prune-base run and no adapter; use its base model: "
+            f"prunepeft search --model {folder.base_dir} ..."
+        )
     return folder
 
 
@@ -123,6 +128,24 @@ def build_result(
         },
         "train": trained,
         "baselines": baselines,
+        "environment": environment(),
+    }
+
+
+def build_base_result(
+    plan: Plan, base: dict[str, Any], metrics: dict[str, float], command: str
+) -> dict[str, Any]:
+    """The content of `result.json` where only the base model was made smaller."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "prunepeft_version": __version__,
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "method": plan.config.base.method,
+        "seed": plan.config.seed,
+        **_input_record(plan),
+        "base": base,
+        "metric": {"name": plan.metric, "value": metrics[plan.metric], "all": metrics},
         "environment": environment(),
     }
 

@@ -2,32 +2,32 @@
 
 import contextlib
 import logging
-import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from prunepeft.config import RunConfig, load_config
+from prunepeft.config import RunConfig
 from prunepeft.data import load_rows
 from prunepeft.engine import Engine
 from prunepeft.errors import CheckpointError, ConfigError
 from prunepeft.estimates import describe
 from prunepeft.evaluate import Outcome
 from prunepeft.kinds import count_params
+from prunepeft.places import base_output_of, check_job, check_sources, output_of
 from prunepeft.plan import Plan, check_device, make_plan, problem_of
 from prunepeft.processes import join, on_main
 from prunepeft.progress import Progress, SilentProgress
 from prunepeft.report import write_report
 from prunepeft.result import (
-    Result,
+    build_base_result,
     build_result,
     data_record,
     environment,
     finished_run,
-    load_result,
     training_record,
 )
+from prunepeft.shrinking import Shrunk, base_record, save_shrunk, shrink_base
 from prunepeft.space import Placement
 from prunepeft.state import RunFolder, read_json, write_folder, write_json
 from prunepeft.strategies import SearchResult
@@ -36,32 +36,6 @@ logger = logging.getLogger(__name__)
 
 IGNORED_ON_RESUME = ("output", "offline", "device")
 SAME_METRIC = 1e-6
-
-
-def search_model(model: str, data: str, *, budget: str | int, **settings: Any) -> Result:
-    """Find the modules a task needs under a budget, train them, and leave a run folder.
-
-    Args:
-        model: Folder or hub id of the base model.
-        data: File, folder of splits, hub id, or `docstrings`.
-        budget: The dial: `0.5%`, `120k`, `1.2M`, `12 modules` or `rank:64`.
-        settings: Any other setting of the configuration, e.g. `kinds=["lora"]`,
-            `train={"epochs": 5}`, `search={"fidelity": 0.2}`, `output="runs/mine"`.
-    Returns:
-        The result; the same call again returns it from the run folder.
-    Raises:
-        PrunePeftError: if anything about the input is wrong; nothing has been trained then.
-    Example:
-        >>> result = search_model("./model", "./train.jsonl", budget="1%")  # doctest: +SKIP
-        >>> result.metric, result.adapter  # doctest: +SKIP
-    """
-    flat: dict[str, Any] = {"model": model, "data": data, "budget": str(budget)}
-    for key, value in settings.items():
-        opened = key in ("train", "search") and isinstance(value, dict)
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if opened else {key: value}
-    config = load_config(None, (), flat)
-    search(config)
-    return load_result(output_of(config))
 
 
 def check(config: RunConfig) -> dict[str, Any]:
@@ -91,21 +65,35 @@ def search(
     Returns:
         The content of `result.json`, or of `check`.
     """
+    if config.budget is None and config.arch is None:
+        raise ConfigError("budget is missing; give for example budget=1% (or arch=arch.json).")
     if dry_run:
         return check(config)
-    folder = RunFolder(output_of(config))
-    folder.check_place()
-    is_main = join(check_device(config.device))
-    if on_main(lambda: folder.is_run and not overwrite and folder.done):
-        on_main(lambda: _reopen(_open(config, resume, overwrite)))
-        return read_json(folder.result_file)
-    plan = make_plan(config)
-    folder = on_main(lambda: _open(config, resume, overwrite))
-    with contextlib.ExitStack() as held:
-        on_main(lambda: held.enter_context(folder.lock()))
-        if is_main:
-            held.enter_context(_log_to(folder.log_file))
-        return _search(plan, folder, is_main, command, progress or SilentProgress())
+    return _work(_search, config, resume, overwrite, command, progress)
+
+
+def prune_base(
+    config: RunConfig,
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make the frozen model smaller for a task and save it, without a search for modules.
+
+    Arguments and resuming as in `search`; `base_ratio` says how much goes. The folder `base/` of
+    the run is an ordinary model folder, for `search` and for other tools.
+    """
+    if not config.base_ratio:
+        raise ConfigError(
+            "prune-base needs the share of heads and neurons to remove: give ratio=0.3, more than "
+            "0 and less than 1."
+        )
+    if dry_run:
+        return check(config)
+    return _work(_prune_base, config, resume, overwrite, command, progress)
 
 
 def train(config: RunConfig, **kwargs: Any) -> dict[str, Any]:
@@ -126,7 +114,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, Any]:
         data: Data with the same columns and labels; default: the run's test split, else validation.
     """
     folder = finished_run(run)
-    plan = make_plan(RunConfig.model_validate(folder.read_config()))
+    plan = make_plan(_as_trained(RunConfig.model_validate(folder.read_config()), folder))
     engine = Engine(plan, folder, is_main=False)
     if data is not None:
         part, rows = data, load_rows(data, like=plan.splits, offline=plan.config.offline)
@@ -137,30 +125,77 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, Any]:
     return {"data": part, "rows": len(rows), "metrics": engine.measure(folder.adapter_dir, rows)}
 
 
-def output_of(config: RunConfig) -> Path:
-    """The run folder: as given, or a name made from data, method and seed."""
-    if config.output:
-        return Path(config.output)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(config.data).stem or config.data).strip("-") or "run"
-    return Path("runs") / f"{name}-{config.method}-{config.seed}"
+def _as_trained(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The settings without a search, on the base model that the run itself cut, if it did."""
+    change: dict[str, Any] = {"budget": None, "arch": None, "baseline": "none", "strategy": None}
+    change |= {"method": "prunepeft", "base_ratio": 0.0}
+    if folder.base_dir.is_dir():
+        change["model"] = str(folder.base_dir)
+    return config.model_copy(update=change)
 
 
-def _search(
-    plan: Plan, folder: RunFolder, is_main: bool, command: str, progress: Progress
+def _work(
+    job: Callable[[Plan, RunFolder, Engine, str], dict[str, Any]],
+    config: RunConfig,
+    resume: str,
+    overwrite: bool,
+    command: str,
+    progress: Progress | None,
 ) -> dict[str, Any]:
-    began = time.time()
-    on_main(lambda: _begin(plan, folder, command))
-    engine = Engine(plan, folder, is_main=is_main, progress=progress)
+    """Do a job in the run folder of a configuration, if it is not done yet."""
+    place = output_of(config) if job is _search else base_output_of(config)
+    folder = RunFolder(place)
+    folder.check_place()
+    check_sources(config, folder.path)
+    is_main = join(check_device(config.device))
+    if on_main(lambda: folder.is_run and not overwrite and folder.done):
+        on_main(lambda: _reopen(_open(place, config, resume, overwrite)))
+        return check_job(read_json(folder.result_file), job is _search, folder.path)
+    plan = make_plan(config)
+    folder = on_main(lambda: _open(place, config, resume, overwrite))
+    with contextlib.ExitStack() as held:
+        on_main(lambda: held.enter_context(folder.lock()))
+        if is_main:
+            held.enter_context(_log_to(folder.log_file))
+        began = time.time()
+        on_main(lambda: _begin(plan, folder, command))
+        engine = Engine(plan, folder, is_main=is_main, progress=progress or SilentProgress())
+        result = job(plan, folder, engine, command)
+        on_main(lambda: _finish(folder, result, time.time() - began))
+        return result
+
+
+def _search(plan: Plan, folder: RunFolder, engine: Engine, command: str) -> dict[str, Any]:
+    whole = plan
+    shrunk = None
+    if plan.config.base_ratio and not plan.strategy.cuts_base:
+        shrunk = shrink_base(plan, engine)
+        plan = save_shrunk(plan, engine, shrunk)
     found = _find(plan, engine)
+    if shrunk is not None:
+        found.add(shrunk.watched)
+    if found.cut is not None:
+        shrunk = Shrunk(plan.groups, found.cut)
+        plan = save_shrunk(plan, engine, shrunk)
     on_main(lambda: write_json(folder.history_file, found.history))
-    outcome = engine.evaluator.train(found.placement, name="train", seed=plan.config.seed)
+    seed = plan.config.seed
+    outcome = engine.evaluator.train(found.placement, name="train", seed=seed, start=found.start)
     baselines = _baselines(plan, engine, found.placement)
     on_main(lambda: _save_best(folder, engine, found, outcome))
     reloaded = engine.measure(folder.adapter_dir)[plan.metric]
     _check_reloaded(plan, folder, outcome.metrics[plan.metric], reloaded)
     result = build_result(plan, found, outcome, baselines, reloaded, command)
-    on_main(lambda: _finish(folder, result, time.time() - began))
+    if shrunk is not None:
+        result["model"]["n_params"] = whole.n_base
+        result["base"] = base_record(whole, engine, shrunk)
     return result
+
+
+def _prune_base(plan: Plan, folder: RunFolder, engine: Engine, command: str) -> dict[str, Any]:
+    shrunk = shrink_base(plan, engine)
+    save_shrunk(plan, engine, shrunk)
+    metrics = engine.phases.evaluate(engine.model)
+    return build_base_result(plan, base_record(plan, engine, shrunk), metrics, command)
 
 
 @contextlib.contextmanager
@@ -185,21 +220,22 @@ def _begin(plan: Plan, folder: RunFolder, command: str) -> None:
 
 def _finish(folder: RunFolder, result: dict[str, Any], seconds: float) -> None:
     folder.finish(result)
-    write_report(folder.path)
+    if folder.best_dir.is_dir():
+        write_report(folder.path)
     folder.log_event("done", seconds=seconds)
 
 
 def _reopen(folder: RunFolder) -> None:
     """Write the report of a finished run that ended before its last file was there."""
     logger.info("%s is finished already", folder.path)
-    if not folder.report_file.is_file():
+    if folder.best_dir.is_dir() and not folder.report_file.is_file():
         with folder.lock():
             write_report(folder.path)
 
 
 def _find(plan: Plan, engine: Engine) -> SearchResult:
     if plan.given is not None:
-        return SearchResult(plan.given, {"mode": "given", "rounds": []})
+        return SearchResult(plan.given, history={"mode": "given", "rounds": []})
     return plan.strategy.search(problem_of(plan, engine.evaluator, engine.on_event))
 
 
@@ -210,6 +246,7 @@ def _baselines(plan: Plan, engine: Engine, kept: Placement) -> list[dict[str, An
     if placement is None:
         return []
     name = {"lora": "lora q+v", "lora-all": "lora all"}[plan.config.baseline]
+    name += " (same base)" if plan.groups else ""
     outcome = engine.evaluator.train(placement, name=f"plain {name}", seed=plan.config.seed)
     rank = max(placement.sizes.values())
     entry = {"name": name, "n_params": outcome.n_params, "rank": rank}
@@ -235,9 +272,9 @@ def _check_reloaded(plan: Plan, folder: RunFolder, trained: float, reloaded: flo
         )
 
 
-def _open(config: RunConfig, resume: str, overwrite: bool) -> RunFolder:
+def _open(place: Path, config: RunConfig, resume: str, overwrite: bool) -> RunFolder:
     return RunFolder.open(
-        output_of(config),
+        place,
         config=config.to_dict(),
         resume=resume,
         overwrite=overwrite,

@@ -1,7 +1,7 @@
 """Evaluator that trains with the transformers Trainer on one base model, loaded once."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +10,25 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from prunepeft.budget import Fidelity
-from prunepeft.criteria.base import needs_of, score_units
-from prunepeft.criteria.record import Recorder
+from prunepeft.criteria.watch import SaliencyWatcher
 from prunepeft.data import subset
-from prunepeft.errors import StateError
-from prunepeft.evaluate import Outcome, Scored
-from prunepeft.processes import on_main, share
+from prunepeft.evaluate import Outcome, Scored, Target, Watched, Watcher
 from prunepeft.resumable import Resumable
 from prunepeft.space import Placement
 from prunepeft.state import Journal, call_key
+from prunepeft.structured.cut import Cut
+from prunepeft.structured.groups import find_groups
 from prunepeft.supernet import attach, detach, load_trainable_state, n_trainable, trainable_state
-from prunepeft.training import Phases, derive_seed, make_optimizer, make_scheduler, n_steps
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is trained towards.
-
-    Attributes:
-        metric: Name of the metric that decides.
-        greater_is_better: Its direction.
-        head: Names of modules trained in full.
-        task_type: peft task type.
-        stratify: Whether subsets of the rows keep the shares of the labels.
-        search_lr: Learning rate while searching.
-        context: Everything else a result depends on (model, data, settings), for its key.
-    """
-
-    metric: str
-    greater_is_better: bool
-    head: list[str]
-    task_type: str | None
-    stratify: bool
-    search_lr: float
-    context: Mapping[str, Any]
+from prunepeft.takeover import cut_and_keep, cut_and_merge
+from prunepeft.training import (
+    PhaseLog,
+    Phases,
+    derive_seed,
+    make_optimizer,
+    make_scheduler,
+    n_steps,
+)
+from prunepeft.trials import FOUND, Trials
 
 
 class TrainerEvaluator:
@@ -76,11 +61,10 @@ class TrainerEvaluator:
         self.model = model
         self.phases = phases
         self.target = target
-        self.journal = journal
+        self.trials = Trials(journal, target.context, writes=writes)
         self.state_dir = state_dir
         self.writes = writes
         self.on_event = on_event
-        self._held: dict[str, dict[str, Tensor]] = {}
 
     def score(
         self,
@@ -95,51 +79,107 @@ class TrainerEvaluator:
         keep: bool = False,
     ) -> Scored:
         """See `Evaluator.score`."""
-        call = self._call("score", placement, criteria=sorted(criteria), fidelity=asdict(fidelity))
+        call = self.trials.call(
+            "score", placement, criteria=sorted(criteria), fidelity=asdict(fidelity)
+        )
         call |= {"seeds": [seed, init_seed], "start": start, "keep": keep}
         key = call_key(call)
-        if (found := on_main(lambda: self.journal.get(key))) is not None:
+        if (found := self.trials.find(key)) is not None:
             return Scored(**found)
         rows = self._rows(fidelity, seed)
         net = self.attach(placement, init_seed)
         if start:
-            load_trainable_state(net, self._tensors(start), strict=False)
-        logs, saliency = self._record(net, rows, criteria, fidelity.epochs, name, seed)
-        result = Scored(
-            saliency=saliency,
-            key=key,
-            loss=logs[-1].loss,
-            seconds=sum(log.seconds for log in logs),
-            steps=sum(log.steps for log in logs),
-            rows=len(rows),
-            peak_memory_bytes=max(log.peak_memory_bytes for log in logs),
-        )
+            load_trainable_state(net, self.trials.weights(start), strict=False)
+        watcher = SaliencyWatcher(criteria)
+        logs, _ = self._observe(net, rows, watcher, fidelity.epochs, name, seed)
+        result = Scored(saliency=watcher.saliency, key=key, **_cost(logs, rows))
         tensors = trainable_state(net) if keep else None
         detach(net)
-        result = self._remember(key, call, result, tensors)
+        result = self.trials.keep(key, call, result, tensors)
         self.phases.progress.finish(f"loss {result.loss:.3f}")
         return result
 
+    def watch(
+        self,
+        placement: Placement,
+        watcher: Watcher,
+        *,
+        name: str,
+        fidelity: Fidelity,
+        seed: int,
+        init_seed: int,
+    ) -> Watched:
+        """See `Evaluator.watch`."""
+        call = self.trials.call(
+            "watch", placement, watcher=watcher.config, fidelity=asdict(fidelity)
+        )
+        key = call_key(call | {"seeds": [seed, init_seed]})
+        cost = self.trials.find(key)
+        if cost is None:
+            rows = self._rows(fidelity, seed)
+            net = self.attach(placement, init_seed)
+            logs, found = self._observe(net, rows, watcher, fidelity.epochs, name, seed)
+            tensors = {FOUND + n: t for n, t in found.items()} | trainable_state(net)
+            detach(net)
+            cost = self.trials.keep(key, call, {"key": key, **_cost(logs, rows)}, tensors)
+            self.phases.progress.finish(f"loss {cost['loss']:.3f}")
+        return Watched(tensors=self.trials.found(key), **cost)
+
+    def carry(
+        self,
+        placement: Placement,
+        key: str,
+        cut: Cut | None,
+        keep_ranks: Mapping[str, Sequence[int]],
+    ) -> tuple[Placement, str]:
+        """See `Evaluator.carry`."""
+        groups = find_groups(self.model) if cut else ()
+        net = self.attach(placement, weights=self.trials.weights(key))
+        kept, tensors = cut_and_keep(net, groups, cut, keep_ranks)
+        call = {"what": "carry", "from": key, "placement": kept.digest}
+        call |= {"cut": cut and cut.digest, "ranks": {i: list(r) for i, r in keep_ranks.items()}}
+        new_key = call_key(call)
+        self.trials.keep(new_key, call, {}, tensors)
+        self.trials.base_is(cut=cut and cut.digest)
+        return kept, new_key
+
+    def merge(self, placement: Placement, key: str, cut: Cut | None) -> None:
+        """See `Evaluator.merge`."""
+        groups = find_groups(self.model) if cut else ()
+        net = self.attach(placement, weights=self.trials.weights(key))
+        cut_and_merge(net, groups, cut)
+        self.trials.base_is(cut=cut and cut.digest, merged=key)
+
     def train(
-        self, placement: Placement, *, name: str, seed: int, lr: float | None = None
+        self,
+        placement: Placement,
+        *,
+        name: str,
+        seed: int,
+        lr: float | None = None,
+        start: str = "",
     ) -> Outcome:
-        """Train a placement from its first values for all epochs; the best epoch is kept.
+        """Train a placement for all epochs; the best epoch is kept.
 
         Args:
             placement: What to train.
             name: For the progress line.
             seed: First values, order and dropout.
             lr: Learning rate instead of the settings'.
+            start: Key of weights to go on from, instead of first values.
         """
         lr = self.phases.settings.lr if lr is None else lr
         epochs = self.phases.settings.epochs
-        call = self._call("train", placement, seed=seed, lr=lr, epochs=epochs)
+        call = self.trials.call("train", placement, seed=seed, lr=lr, epochs=epochs)
+        call |= {"start": start} if start else {}
         key = call_key(call)
-        if (found := on_main(lambda: self.journal.get(key))) is not None:
+        if (found := self.trials.find(key)) is not None:
             if self.writes:  # a run killed after its entry was written still has its state
                 self._state_file(key).unlink(missing_ok=True)
             return Outcome(**found)
         net = self.attach(placement, derive_seed(seed, "train-init"))
+        if start:
+            load_trainable_state(net, self.trials.weights(start))
         run = self._train(net, key, name, seed, lr)
         own, head = n_trainable(net)
         detach(net)
@@ -152,7 +192,7 @@ class TrainerEvaluator:
             key=key,
             **run.cost,
         )
-        result = self._remember(key, call, result, run.best)
+        result = self.trials.keep(key, call, result, run.best)
         if self.writes:
             run.clear()
         self.phases.progress.finish(
@@ -162,7 +202,7 @@ class TrainerEvaluator:
 
     def weights(self, outcome: Outcome) -> dict[str, Tensor]:
         """Best weights of a finished training, by parameter name."""
-        return self._tensors(outcome.key)
+        return self.trials.weights(outcome.key)
 
     def attach(
         self, placement: Placement, seed: int = 0, weights: Mapping[str, Tensor] | None = None
@@ -179,28 +219,33 @@ class TrainerEvaluator:
             load_trainable_state(net, weights)
         return net
 
-    def _record(
+    def _observe(
         self,
         net: PeftModel,
         rows: Dataset,
-        criteria: tuple[str, ...],
+        watcher: Watcher,
         epochs: int,
         name: str,
         seed: int,
-    ) -> tuple[list[Any], dict[str, dict[str, float]]]:
-        """Train for some epochs; the statistics are those of the last one."""
+    ) -> tuple[list[PhaseLog], dict[str, Tensor]]:
+        """Train for some epochs while a watcher looks on."""
         settings = self.phases.settings
         steps = n_steps(len(rows), settings.batch_size) * epochs
         self.phases.progress.start(name, steps)
-        optimizer = make_optimizer(net, settings, self.target.search_lr)
-        scheduler = make_scheduler(optimizer, settings, steps)
         logs = []
-        with Recorder.for_net(net, needs_of(criteria)) as recorder:
+        watcher.attach(net)
+        try:
+            optimizer = make_optimizer(net, settings, self.target.search_lr)
+            scheduler = make_scheduler(optimizer, settings, steps)
+            watcher.start(steps)
             for epoch in range(1, epochs + 1):
-                recorder.reset()
+                watcher.mark()
                 phase_seed = derive_seed(seed, "epoch", epoch)
-                logs.append(self.phases.run(net, rows, optimizer, scheduler, phase_seed, recorder))
-            return logs, score_units(recorder.read(), criteria)
+                logs.append(self.phases.run(net, rows, optimizer, scheduler, phase_seed, watcher))
+        except BaseException:
+            watcher.abandon()
+            raise
+        return logs, watcher.stop()
 
     def _train(self, net: PeftModel, key: str, name: str, seed: int, lr: float) -> Resumable:
         settings, target, rows = self.phases.settings, self.target, self.phases.train
@@ -230,31 +275,12 @@ class TrainerEvaluator:
         n = max(1, round(fidelity.data * len(train)))
         return subset(train, n, seed, "labels" if self.target.stratify else None)
 
-    def _call(self, what: str, placement: Placement, **more: Any) -> dict[str, Any]:
-        return {
-            "what": what,
-            "placement": placement.digest,
-            "context": dict(self.target.context),
-            **more,
-        }
 
-    def _remember(
-        self, key: str, call: dict[str, Any], result: Any, tensors: dict[str, Tensor] | None
-    ) -> Any:
-        """Keep a result, and return it as the main process has it.
-
-        Processes other than the main one hold the weights they may need later.
-        """
-        if self.writes:
-            self.journal.put(key, call, asdict(result), tensors=tensors)
-        else:
-            self._held[key] = tensors or {}
-        return share(result)
-
-    def _tensors(self, key: str) -> dict[str, Tensor]:
-        tensors = self._held.get(key) or self.journal.get_tensors(key)
-        if tensors is None:
-            raise StateError(
-                f"the weights of run {key} are gone from {self.journal.folder}; run again."
-            )
-        return tensors
+def _cost(logs: list[PhaseLog], rows: Dataset) -> dict[str, Any]:
+    return {
+        "loss": logs[-1].loss,
+        "seconds": sum(log.seconds for log in logs),
+        "steps": sum(log.steps for log in logs),
+        "rows": len(rows),
+        "peak_memory_bytes": max(log.peak_memory_bytes for log in logs),
+    }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prunepeft import run
+import prunepeft
 from prunepeft.config import load_config
 from prunepeft.criteria.record import Recorder
 from prunepeft.engine import Engine
@@ -81,7 +81,7 @@ def search_and_fail(model: str, data: str, out: Path) -> None:
         return original(self, *args, **kwargs)
 
     PhaseTrainer.compute_loss = break_down
-    run.search_model(model, data, budget="800", output=str(out / "run"), device="cpu")
+    prunepeft.search(model, data, budget="800", output=str(out / "run"), device="cpu")
 
 
 if __name__ == "__main__":

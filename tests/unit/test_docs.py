@@ -22,7 +22,11 @@ from prunepeft.config.load import key_paths
 from prunepeft.criteria import CRITERIA
 from prunepeft.kinds import KINDS
 from prunepeft.space import Placement
+from prunepeft.strategies import LightPeft
 from prunepeft.strategies.hybrid_pruning import MODES, REINIT
+from prunepeft.structured import find_groups
+from prunepeft.structured.base_criteria import BASE_CRITERIA
+from prunepeft.structured.lora_prune import GradualPruner
 from prunepeft.supernet.export.write import FORMATS
 from tests.tiny_models import TINY, tiny_inputs
 from tests.tiny_tokenizer import save_tiny_model
@@ -154,12 +158,17 @@ def test_every_page_and_example_is_linked_from_the_index() -> None:
         ("library.md", prunepeft.__all__),
         ("kinds.md", KINDS.names()),
         ("criteria.md", CRITERIA.names()),
-        ("cli.md", [command.__name__.rpartition(".")[2] for command in COMMANDS]),
+        ("cli.md", [c.__name__.rpartition(".")[2].replace("_", "-") for c in COMMANDS]),
         ("cli.md", UNITS),
         ("export.md", FORMATS.names()),
         ("methods/prunepeft.md", (*MODES, *REINIT, "paper_exact", "per_round")),
+        ("methods/light-peft.md", [f.name for f in fields(LightPeft) if f.name != "l1"]),
+        ("methods/loraprune.md", BASE_CRITERIA.names()),
+        ("methods/loraprune.md", list(GradualPruner(find_groups(TINY["bert"]())).config)[1:]),
     ],
-    ids=["api", "kinds", "criteria", "commands", "budget units", "formats", "method"],
+    ids=(
+        "api kinds criteria commands budget_units formats method light_peft base_criteria loraprune"
+    ).split(),
 )
 def test_page_names_everything(page: str, names: Any) -> None:
     assert not names_missing(page, names)
@@ -200,7 +209,8 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     "page", [p for p in PAGES if "```python test" in p.read_text()], ids=lambda page: page.stem
 )
 @pytest.mark.usefixtures("own_registries")
-def test_code_of_pages_runs(page: Path) -> None:
+def test_code_of_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     model = TINY["bert"]()
     names = {"model": model, "inputs": tiny_inputs("bert", model), "__name__": page.stem}
     text = page.read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from prunepeft.cli import (
     init,
     inspect,
     ls,
+    prune_base,
     report,
     schema,
     search,
@@ -21,7 +22,7 @@ from prunepeft.cli import (
 )
 from prunepeft.cli.exits import report_usage
 
-COMMANDS = (init, check, search, train, eval, export, inspect, report, ls, env, schema)
+COMMANDS = (init, check, search, prune_base, train, eval, export, inspect, report, ls, env, schema)
 # The parent of BadParameter is click's UsageError, in whichever copy typer brings along.
 _UsageError = typer.BadParameter.__mro__[1]
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -47,8 +47,19 @@ class Switches:
 Body = Callable[["RunConfig", Switches, Output], None]
 
 
-def add_run_command(app: typer.Typer, name: str, body: Body, text: str, examples: str) -> None:
-    """Add a command that takes a configuration: YAML file, `key=value` overrides and flags."""
+def add_run_command(
+    app: typer.Typer,
+    name: str,
+    body: Body,
+    text: str,
+    examples: str,
+    short: Mapping[str, str] | None = None,
+) -> None:
+    """Add a command that takes a configuration: YAML file, `key=value` overrides and flags.
+
+    `short` maps keys as this command calls them to those of the configuration.
+    """
+    keys = dict(short or {})
 
     def command(
         arguments: Annotated[
@@ -106,7 +117,7 @@ def add_run_command(app: typer.Typer, name: str, body: Body, text: str, examples
             "kinds": kinds,
             "task": task,
             "metric": metric,
-            "method": method,
+            keys.get("method", "method"): method,
             "baseline": baseline,
             "output": output,
             "seed": seed,
@@ -115,7 +126,7 @@ def add_run_command(app: typer.Typer, name: str, body: Body, text: str, examples
             "offline": offline or None,
             "trust_remote_code": trust_remote_code or None,
         }
-        config = read_config(arguments or [], flags)
+        config = read_config([_renamed(a, keys) for a in arguments or []], flags)
         switches = Switches(resume.value, overwrite, dry_run, command_line())
         body(config, switches, make_output(json_out, verbose, quiet))
 
@@ -142,6 +153,12 @@ def read_config(arguments: list[str], flags: dict[str, Any]) -> "RunConfig":
     if config.offline:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     return config
+
+
+def _renamed(argument: str, keys: Mapping[str, str]) -> str:
+    """`ratio=0.3` as the configuration calls it, where a command has a short name for a key."""
+    key, equals, value = argument.partition("=")
+    return keys.get(key.strip(), key) + equals + value if equals else argument
 
 
 def is_config_file(argument: str) -> bool:

@@ -2,11 +2,14 @@
 
 from prunepeft.config.load import load_config
 from prunepeft.config.model import (
+    BASE_METHOD_NAMES,
     CRITERION_NAMES,
     KIND_NAMES,
     KIND_PRESETS,
     METHOD_NAMES,
     TASK_NAMES,
+    BaseSettings,
+    LightPeftSettings,
     RunConfig,
     SearchSettings,
     TrainSettings,
@@ -14,11 +17,14 @@ from prunepeft.config.model import (
 from prunepeft.config.template import config_schema, template
 
 __all__ = [
+    "BASE_METHOD_NAMES",
+    "BaseSettings",
     "CRITERION_NAMES",
     "KIND_NAMES",
     "KIND_PRESETS",
     "METHOD_NAMES",
     "TASK_NAMES",
+    "LightPeftSettings",
     "RunConfig",
     "SearchSettings",
     "TrainSettings",

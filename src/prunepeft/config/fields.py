@@ -6,7 +6,7 @@ what they mean: `no` stays the text "no" in a text field and becomes False in a 
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -99,9 +99,11 @@ Share = Annotated[float, BeforeValidator(no_switch), Field(ge=0, lt=1, allow_inf
 FullShare = Annotated[float, BeforeValidator(no_switch), Field(gt=0, le=1, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(no_switch), Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, BeforeValidator(no_switch), Field(ge=0, le=2**31 - 1)]
+Scope = Literal["layer", "global"]
 Text = Annotated[str, Field(min_length=1)]
 Kind = Annotated[str, named("kind")]
 Method = Annotated[str, named("method")]
+BaseMethod = Annotated[str, named("base method")]
 TaskName = Annotated[str, named("task")]
 Mode = Annotated[str, AfterValidator(_mode)]
 Kinds = Annotated[

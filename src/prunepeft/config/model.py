@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prunepeft.budget import Budget
 from prunepeft.config.fields import (
+    BaseMethod,
     Count,
     Criteria,
     FullShare,
@@ -18,6 +19,7 @@ from prunepeft.config.fields import (
     Positive,
     Rates,
     Roles,
+    Scope,
     Seed,
     Share,
     Sizes,
@@ -25,6 +27,7 @@ from prunepeft.config.fields import (
     Text,
 )
 from prunepeft.config.names import (
+    BASE_METHOD_NAMES,
     CRITERION_NAMES,
     KIND_NAMES,
     KIND_PRESETS,
@@ -35,11 +38,14 @@ from prunepeft.config.names import (
 from prunepeft.errors import ConfigError
 
 __all__ = [
+    "BASE_METHOD_NAMES",
     "CRITERION_NAMES",
     "KIND_NAMES",
     "KIND_PRESETS",
     "METHOD_NAMES",
     "TASK_NAMES",
+    "BaseSettings",
+    "LightPeftSettings",
     "RunConfig",
     "SearchSettings",
     "TrainSettings",
@@ -99,6 +105,46 @@ class SearchSettings(_Settings):
     lr: Positive | None = _about(None, "learning rate of the search; null: train.lr")
 
 
+class BaseSettings(_Settings):
+    """How the frozen model itself is made smaller, if base_ratio is over 0 or by light-peft."""
+
+    method: BaseMethod = _about(
+        "light-peft",
+        "light-peft (trained masks), loraprune, magnitude, wanda, taylor, salience or random",
+    )
+    stock: bool = _about(
+        True, "only cuts that stock transformers can open: equal widths, heads where it can say so"
+    )
+    heads: bool = _about(True, "attention heads go too, not only feed-forward neurons")
+    scope: Scope = _about(
+        "layer", "neurons are ranked within each layer, or over all (needs stock=false)"
+    )
+    epochs: Count = _about(1, "passes in which the model is judged, or pruned step by step")
+    fidelity: FullShare = _about(1.0, "share of the training rows this sees")
+    rank: Count = _about(8, "rank of the LoRA that trains meanwhile, on every linear layer")
+    every: Count = _about(10, "optimiser steps between two prunings (not light-peft)")
+
+
+class LightPeftSettings(_Settings):
+    """What method light-peft removes after one short training of everything."""
+
+    head_ratio: Share | None = _about(
+        None, "share of the attention heads of each layer that go; null: base_ratio, else 1/3"
+    )
+    neuron_ratio: Share | None = _about(
+        None, "share of the feed-forward neurons that go; null: base_ratio, else 1/3"
+    )
+    module_ratio: Share | None = _about(
+        None, "share of the modules that go; null: the best ones that fit the budget stay"
+    )
+    rank_ratio: Share = _about(0.5, "share of the ranks of the modules left that go")
+    rank_scope: Scope = _about("global", "ranks compared in each layer's module, or global")
+    rank_importance: Literal["mean", "sum", "abs"] = _about(
+        "mean", "first-order scores: as released, for any width, or without cancelling"
+    )
+    l1: NotNegative = _about(1e-4, "factor of the L1 norm of the masks in the loss")
+
+
 class RunConfig(_Settings):
     """Every setting of a run."""
 
@@ -130,17 +176,36 @@ class RunConfig(_Settings):
     )
     arch: Text | None = _about(None, "arch.json to train instead of searching")
     strategy: Text | None = _about(None, "strategy.json to use instead of a warm-up")
+    base_ratio: Share = _about(
+        0.0, "share of the frozen model's attention heads and feed-forward neurons to remove"
+    )
     offline: bool = _about(False, "never ask the network")
     trust_remote_code: bool = Field(
         False, description="run code that comes with the model (command line only)", exclude=True
     )
     train: TrainSettings = Field(default_factory=TrainSettings)
     search: SearchSettings = Field(default_factory=SearchSettings)
+    base: BaseSettings = Field(default_factory=BaseSettings)
+    light_peft: LightPeftSettings = Field(default_factory=LightPeftSettings)
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        if self.budget is None and self.arch is None:
-            raise ConfigError("budget is missing; give for example budget=1% (or arch=arch.json)")
+        if self.budget is None and self.arch is None and not self.base_ratio:
+            raise ConfigError(
+                "budget is missing; give for example budget=1% (or arch=arch.json; prune-base "
+                "takes ratio=0.3 instead)"
+            )
+        self._check_sections()
+        if self.base_ratio and self.arch is not None:
+            raise ConfigError(
+                "arch.json fits the base model it was made on, so base_ratio cannot cut that "
+                "here; run prune-base first and search on its base/, or leave base_ratio out"
+            )
+        if self.base.scope == "global" and self.base.stock:
+            raise ConfigError(
+                "base.scope=global gives every layer a width of its own, which stock transformers "
+                "cannot open; add base.stock=false, or leave base.scope=layer"
+            )
         if self.budget is not None:
             Budget.parse(self.budget)
         for name in ("sizes", "options", "roles"):
@@ -151,6 +216,24 @@ class RunConfig(_Settings):
                     f"({', '.join(self.kinds)}); add it to kinds or drop it from {name}"
                 )
         return self
+
+    def _check_sections(self) -> None:
+        """Refuse settings of the base or of Light-PEFT that this method does not read."""
+        own, base = LightPeftSettings(), BaseSettings()
+        if self.method == "light-peft":
+            unread = ("method", "epochs", "fidelity", "rank", "every")
+            changed = [n for n in unread if getattr(self.base, n) != getattr(base, n)]
+            if changed:
+                raise ConfigError(
+                    f"method light-peft cuts the base in its own training, so base.{changed[0]} "
+                    "says nothing; leave it out (search.epochs and search.fidelity say how long "
+                    "that training is)"
+                )
+        elif self.light_peft != own:
+            raise ConfigError(
+                "light_peft.* is read by method=light-peft alone; leave it out, or give "
+                "method=light-peft"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain JSON types; `trust_remote_code` is never written to a file."""

@@ -42,13 +42,24 @@ PAPER_CRITERION_NAMES = (
     "gradient",
 )
 CRITERION_NAMES = (*PAPER_CRITERION_NAMES, "snip_mean", "gradient_mean", "threshold_relative")
-METHOD_NAMES = ("prunepeft",)
+METHOD_NAMES = ("prunepeft", "light-peft")
+# How the frozen model is made smaller: trained masks, or criteria on a gradual schedule.
+BASE_METHOD_NAMES = (
+    "light-peft",
+    "loraprune",
+    "magnitude",
+    "wanda",
+    "taylor",
+    "salience",
+    "random",
+)
 TASK_NAMES = ("seq-cls", "regression", "causal-lm", "image-cls")
 # Label -> names built in and entry point group of further ones.
 _KNOWN: Mapping[str, tuple[tuple[str, ...], str]] = {
     "kind": (KIND_NAMES, "prunepeft.kinds"),
     "criterion": (CRITERION_NAMES, "prunepeft.criteria"),
     "method": (METHOD_NAMES, "prunepeft.methods"),
+    "base method": (BASE_METHOD_NAMES, "prunepeft.base_criteria"),
     "task": (TASK_NAMES, "prunepeft.tasks"),
 }
 

@@ -70,7 +70,9 @@ def _lines(model: type[BaseModel], prefix: str, start: dict[str, str]) -> list[s
         if field.exclude:
             continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines += ["", f"{name}:", *_lines(field.annotation, f"{name}.", start)]
+            group = _lines(field.annotation, f"{name}.", start)
+            is_empty = all(line.lstrip().startswith("#") for line in group)
+            lines += ["", f"# {name}:" if is_empty else f"{name}:", *group]
             continue
         key = prefix + name
         is_set = key in start or key in _SHOWN or (prefix and name in ("epochs", "lr", "rounds"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from prunepeft.report.base_table import base_sentence
 from prunepeft.report.grid import modules_of, plain
 from prunepeft.report.page import render
 from prunepeft.report.record import Evidence, Result
@@ -52,6 +53,7 @@ def make_card(evidence: Evidence) -> str:
         kept_words=", ".join(kinds_in_words(modules)),
         loading=fenced(loading_code(evidence), "python"),
         needs_prunepeft=needs_prunepeft(evidence),
+        base=base_sentence(result.base),
         only_lora={m.kind for m in modules} == {"lora"},
         command=fenced(plain(result.command, 4000), "bash") if result.command else "",
         history=evidence.history,
@@ -93,17 +95,27 @@ def loading_code(evidence: Evidence) -> str:
     if result.task.name == "image-cls":
         labels += ", ignore_mismatched_sizes=True"  # pretrained on other classes, as most are
         tokenizer, processor = "processor", "AutoImageProcessor"
-    name = _quoted(result.model.name)
+    name = _quoted("base" if result.base else result.model.name)
+    stock = result.base is None or result.base.stock
+    load = f"{cls}.from_pretrained({name}{labels})" if stock else f"prunepeft.load_base({name})"
     lines = [
-        "import prunepeft  # makes peft know this adapter" if needs_prunepeft(evidence) else "",
+        _import_line(evidence, stock),
         "from peft import PeftModel",
-        f"from transformers import {cls}, {processor}",
+        f"from transformers import {cls}, {processor}"
+        if stock
+        else f"from transformers import {processor}",
         "",
-        f"base = {cls}.from_pretrained({name}{labels})",
+        f"base = {load}",
         'model = PeftModel.from_pretrained(base, "best/adapter").eval()',
         f"{tokenizer} = {processor}.from_pretrained({name})",
     ]
     return "\n".join(lines).lstrip("\n")
+
+
+def _import_line(evidence: Evidence, stock: bool) -> str:
+    if not stock:
+        return "import prunepeft  # opens this base model and makes peft know this adapter"
+    return "import prunepeft  # makes peft know this adapter" if needs_prunepeft(evidence) else ""
 
 
 def needs_prunepeft(evidence: Evidence) -> bool:

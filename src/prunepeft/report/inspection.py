@@ -32,9 +32,10 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     Args:
         path: The folder or file.
     Returns:
-        `path`, `type` (run, adapter or placement), `peft_type`, `base_model`, `kinds` (number of
-        modules of each), `n_modules`, `ranks` (kind -> size -> count), `layers`, `columns`,
-        `bytes_on_disk`, `trainable_params`, `head_params` and `serving`.
+        `path`, `type` (run, adapter or placement), `peft_type`, `base_model`, `base_digest` (of the
+        pruned base it was made on, else empty), `kinds` (number of modules of each), `n_modules`,
+        `ranks` (kind -> size -> count), `layers`, `columns`, `bytes_on_disk`, `trainable_params`,
+        `head_params` and `serving`.
     Raises:
         ConfigError: if there is nothing to describe at the path.
         CheckpointError: if a file is damaged or hostile.
@@ -64,6 +65,7 @@ def format_inspect(found: Mapping[str, Any]) -> str:
         f"{found['type']}  {plain(found['path'], 200)}",
         f"  type       {plain(found['peft_type'] or 'placement only, no weights')}",
         f"  base       {plain(found['base_model'] or 'not recorded', 120)}",
+        *([f"  pruned to  {plain(found['base_digest'][:12])}"] if found["base_digest"] else []),
         f"  modules    {found['n_modules']} ({', '.join(found['words']) or 'none'})",
         *(f"  sizes      {plain(kind)}: {words}" for kind, words in kinds.items()),
         f"  trainable  {_count(found['trainable_params'])}"
@@ -87,6 +89,7 @@ def _describe(
     serving: list[dict[str, str]],
     peft_type: str = "",
     base_model: str = "",
+    base_digest: str = "",
     n_bytes: int | None = None,
     n_params: int | None = None,
     n_head: int | None = None,
@@ -97,6 +100,7 @@ def _describe(
         "type": what,
         "peft_type": peft_type,
         "base_model": base_model,
+        "base_digest": base_digest,
         "n_modules": len(modules),
         "words": kinds_in_words(modules),
         "kinds": {kind: sum(c.values()) for kind, c in size_counts(modules).items()},
@@ -147,6 +151,7 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
         "serving": serving,
         "peft_type": kind,
         "base_model": base if isinstance(base, str) else "",
+        "base_digest": digest if isinstance(digest := config.get("base_digest"), str) else "",
         "n_bytes": sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
         "n_params": sum(module.n_params or 0 for module in modules),
         "n_head": head_params(shapes),

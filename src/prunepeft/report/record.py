@@ -108,6 +108,21 @@ class BaselineInfo(TrainInfo):
     metric: MetricInfo = MetricInfo()
 
 
+class UnitsInfo(_Section):
+    before: int = 0
+    kept: int = 0
+    layers: dict[str, tuple[int, int]] = {}
+
+
+class BaseInfo(_Section):
+    method: str = ""
+    stock: bool = True
+    n_params_before: int | None = None
+    n_params: int | None = None
+    heads: UnitsInfo = UnitsInfo()
+    neurons: UnitsInfo = UnitsInfo()
+
+
 class Result(_Section):
     """result.json: what came out."""
 
@@ -123,6 +138,7 @@ class Result(_Section):
     budget: BudgetInfo = BudgetInfo()
     space: SpaceInfo = SpaceInfo()
     placement: PlacementInfo = PlacementInfo()
+    base: BaseInfo | None = None
     head_params: int | None = None
     metric: MetricInfo = MetricInfo()
     search: SearchInfo = SearchInfo()

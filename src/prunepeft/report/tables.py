@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunepeft.report.base_table import base_table
 from prunepeft.report.grid import Module, modules_of, plain, split_id
 from prunepeft.report.record import Evidence, History, Result, parse
 from prunepeft.report.render import Column, Table, Value, show, to_text
@@ -16,6 +17,8 @@ OURS = "this run"
 def make_tables(evidence: Evidence) -> list[Table]:
     """Every table there is evidence for."""
     tables = [cost_table(evidence.result), kept_table(modules_of(evidence))]
+    if evidence.result.base is not None:
+        tables.append(base_table(evidence.result.base))
     if evidence.history and evidence.history.rounds:
         tables += [rounds_table(evidence.history), drop_table(evidence.history)]
     if evidence.result.train.curve:

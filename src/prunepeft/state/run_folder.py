@@ -39,7 +39,7 @@ FILES = (
     "metrics.jsonl",
     "README.md",
 )
-FOLDERS = ("state", "trials", "best", "exports", "report", "logs")
+FOLDERS = ("state", "trials", "base", "best", "exports", "report", "logs")
 RESUME_MODES = ("auto", "never")
 _LOCK = ".lock"
 
@@ -60,6 +60,7 @@ class RunFolder:
         self.state_dir = self.path / "state"
         self.manifest_file = self.state_dir / "manifest.json"
         self.trials_dir = self.path / "trials"
+        self.base_dir = self.path / "base"
         self.best_dir = self.path / "best"
         self.arch_file = self.best_dir / "arch.json"
         self.strategy_file = self.best_dir / "strategy.json"
@@ -137,14 +138,15 @@ class RunFolder:
             return False
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write `result.json`, then the manifest of it, the history, the data record and `best/`.
+        """Write `result.json`, then the manifest of it, the history, data, `base/` and `best/`.
 
         Raises:
             StateError: if the result is not JSON or holds NaN.
             DiskError: if the disk refuses; the run is then not `done`.
         """
         write_json(self.result_file, result)
-        files = [self.result_file, self.history_file, self.data_file, *self.best_dir.rglob("*")]
+        files = [self.result_file, self.history_file, self.data_file]
+        files += [*self.base_dir.rglob("*"), *self.best_dir.rglob("*")]
         write_manifest(self.manifest_file, self.path, sorted(f for f in files if f.is_file()))
 
     def read_config(self) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""`prunepeft prune-base`: a smaller frozen model, as an ordinary model folder."""
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from prunepeft.cli.check import print_plan
+from prunepeft.cli.options import Switches, add_run_command
+from prunepeft.cli.output import Output
+
+if TYPE_CHECKING:
+    from prunepeft.config import RunConfig
+
+EXAMPLES = (
+    "Examples: prunepeft prune-base run.yaml ratio=0.3 method=loraprune  |  "
+    "prunepeft prune-base --model ./m --data train.jsonl ratio=0.3 --output runs/small   "
+    "Then: prunepeft search --model runs/small/base ...   See also: search (base_ratio), ls."
+)
+SHORT = {"ratio": "base_ratio", "method": "base.method"}
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command."""
+    text = "Remove attention heads and feed-forward neurons that the task does not need."
+    add_run_command(app, "prune-base", prune_base, text, EXAMPLES, SHORT)
+
+
+def prune_base(config: "RunConfig", switches: Switches, output: Output) -> None:
+    """Shrink the frozen model and write it to `base/` of the run folder."""
+    with output.work(chatty=True):
+        from prunepeft import run
+        from prunepeft.cli.progress import make_progress
+
+        result = run.prune_base(
+            config,
+            resume=switches.resume,
+            overwrite=switches.overwrite,
+            dry_run=switches.dry_run,
+            command=switches.command,
+            progress=make_progress(output),
+        )
+        folder = run.base_output_of(config)
+    if switches.dry_run:
+        print_plan(result, output)
+    elif not output.document(result):
+        base, metric = result["base"], result["metric"]
+        share = 1 - base["n_params"] / base["n_params_before"]
+        output.line(
+            f"{folder / 'base'}: {base['n_params']:,} of {base['n_params_before']:,} parameters "
+            f"({share:.1%} removed), {metric['name']} {metric['value']:.4f}"
+        )
