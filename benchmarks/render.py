@@ -28,7 +28,7 @@ def main() -> None:
 def render() -> str:
     """The whole page."""
     parts = [(HERE / "about.md").read_text("utf-8"), *_first(), *_recorder(), *_kinds(), *_alone()]
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join([*parts, *_structured(), *_structured_quality()]).rstrip() + "\n"
 
 
 def _first() -> list[str]:
@@ -136,11 +136,20 @@ def _kinds() -> list[str]:
 
 def _alone() -> list[str]:
     suite = yaml.safe_load((HERE / "kinds" / "suite.yaml").read_text("utf-8"))
+    images = suite | suite["images"]
+    lines = _alone_tables(suite) + _alone_tables(images)
+    words = {"rows": suite["rows"], "image_precision": images["precision"]}
+    about = (HERE / "kinds" / "quality.md").read_text("utf-8").format(**words)
+    return ["", about.rstrip(), "", *lines] if lines else []
+
+
+def _alone_tables(suite: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for task, settings in suite["tasks"].items():
+        folder = HERE / "kinds" / "quality" / task
         rows = []
         for kind in suite["kinds"]:
-            files = [HERE / f"kinds/quality/{task}/{kind}-seed{s}.json" for s in suite["seeds"]]
+            files = [folder / f"{kind}-seed{seed}.json" for seed in suite["seeds"]]
             if found := [_read(f)["result"] for f in files if f.is_file()]:
                 values = [r["metric"] for r in found]
                 rows.append(
@@ -148,17 +157,117 @@ def _alone() -> list[str]:
                     f"| {found[0]['n_params']:,} | {_mean(found, 'train_seconds'):.0f} "
                     f"| {found[0]['lr']:g} | {len(found)} |"
                 )
+        if (file := folder / "untouched.json").is_file():
+            rows.insert(0, f"| untouched | {_read(file)['result']['metric']:.4f} | 0 | - | - | - |")
         if rows:
             lines += [
-                f"### {task}: {settings['metric']}",
+                f"### {settings.get('title', task)}: {settings['metric']}",
                 "",
                 "| kind | metric | parameters | training, seconds | learning rate | seeds |",
                 "|---|---|---|---|---|---|",
                 *rows,
                 "",
             ]
-    about = (HERE / "kinds" / "quality.md").read_text("utf-8").format(rows=suite["rows"])
-    return ["", about.rstrip(), "", *lines] if lines else []
+    return lines
+
+
+def _structured() -> list[str]:
+    results = [_read(f) for f in sorted((HERE / "structured" / "results").glob("*.json"))]
+    if not results:
+        return []
+    lines = ["", (HERE / "structured" / "about.md").read_text("utf-8").rstrip(), ""]
+    for shape, device in sorted({(r["shape"], r["device"]) for r in results}):
+        rows = [r for r in results if (r["shape"], r["device"]) == (shape, device)]
+        first = rows[0]
+        lines += [
+            f"### {shape}, {first['layers']} layers, {first['rows']} x {first['tokens']} tokens, "
+            f"{first['dtype']}, {device}",
+            "",
+            "| left | step | speed-up | quartiles | predicted | of it | memory | predicted |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for r in sorted(rows, key=lambda r: -r["base_params"][r["variant"]]):
+            lines += [_structured_row(r, step) for step in ("train", "infer")]
+        lines.append("")
+    return lines
+
+
+def _structured_row(r: dict[str, Any], step: str) -> str:
+    before, left = r["units"]["dense"], r["units"][r["variant"]]
+    time, memory = r[step], r["memory"][step]
+    low, _, high = time["speedup_quartiles"]
+    cells = (
+        ", ".join(f"{left[what]} of {n} {what}" for what, n in before.items()),
+        {"train": "training", "infer": "inference"}[step],
+        f"{time['speedup']:.2f}",
+        f"{low:.2f} to {high:.2f}",
+        f"{time['predicted']:.2f}",
+        f"{time['reached']:.0%}",
+        f"{memory['ratio']:.2f}",
+        f"{memory['predicted']:.2f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _structured_quality() -> list[str]:
+    here = HERE / "structured"
+    suite = yaml.safe_load((here / "suite.yaml").read_text("utf-8"))
+    lines: list[str] = []
+    for block in (suite["encoder"], suite["decoder"]):
+        levels = [f"{c}-{level}" for level in block.get("levels", ()) for c in block["criteria"]]
+        for task, settings in block["tasks"].items():
+            methods = (*block["methods"], *levels)
+            found = {m: _quality_results(task, m, suite["seeds"]) for m in methods}
+            results = [r for by_seed in found.values() for r in by_seed.values()]
+            also = list(dict.fromkeys(name for r in results for name in r.get("also", ())))
+            dense = found["lora_all"]
+            rows = [_quality_row(m, rs, dense, also) for m, rs in found.items() if rs]
+            if rows:
+                heads = ("method", "metric", "difference", *also, "base left", "trainable")
+                heads += ("training, seconds", "learning rate", "seeds")
+                lines += [
+                    f"### {task}: {settings['metric']}",
+                    "",
+                    f"| {' | '.join(heads)} |",
+                    "|" + "---|" * len(heads),
+                    *rows,
+                    "",
+                ]
+    about = (here / "quality.md").read_text("utf-8").rstrip()
+    return ["", about, "", *lines] if lines else []
+
+
+def _quality_results(task: str, method: str, seeds: list[int]) -> dict[int, dict[str, Any]]:
+    """Seed -> result."""
+    folder = HERE / "structured" / "quality" / task
+    files = {s: folder / f"{method}-seed{s}.json" for s in seeds}
+    return {s: _read(f)["result"] for s, f in files.items() if f.is_file()}
+
+
+def _quality_row(
+    method: str,
+    by_seed: dict[int, dict[str, Any]],
+    dense: dict[int, dict[str, Any]],
+    also: list[str],
+) -> str:
+    found = list(by_seed.values())
+    values = [r["metric"] for r in found]
+    gaps = [by_seed[s]["metric"] - dense[s]["metric"] for s in by_seed.keys() & dense.keys()]
+    is_own = by_seed == dense or not gaps
+    others = [[r["also"][name] for r in found if name in r.get("also", ())] for name in also]
+    seconds = [r.get("search_seconds", 0) + r.get("train_seconds", 0) for r in found]
+    cells = (
+        method,
+        f"{statistics.mean(values):.4f} ± {_std(values):.4f}",
+        "-" if is_own else f"{statistics.mean(gaps):+.4f} ± {_std(gaps):.4f}",
+        *(f"{statistics.mean(o):.4g} ± {_std(o):.2g}" if o else "-" for o in others),
+        f"{_mean(found, 'base_params') / _mean(found, 'base_params_before'):.0%}",
+        f"{statistics.mean(r.get('n_params', 0) for r in found):,.0f}",
+        f"{statistics.mean(seconds):.0f}",
+        f"{found[0]['lr']:g}" if any(seconds) else "-",
+        str(len(found)),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _path(task: str, method: str, seed: int) -> Path:
