@@ -96,6 +96,15 @@ class Fidelity:
         if self.epochs < 1:
             raise BudgetError(f"a fidelity needs at least one epoch; got {self.epochs}.")
 
+    def rows(self, n_train: int) -> int:
+        """Rows of a training split of `n_train` that are seen, at least one.
+
+        Example:
+            >>> Fidelity(0.25).rows(10)
+            2
+        """
+        return max(1, round(self.data * n_train))
+
 
 def _number(text: str, whole: str) -> float:
     try:

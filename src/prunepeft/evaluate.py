@@ -107,6 +107,29 @@ class Watched:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A placement trained for a short while and measured.
+
+    Attributes:
+        metrics: Validation metrics at the end; empty if the trial failed.
+        error: Why it failed; empty if it did not.
+        key: Name of this run in the journal. No weights are kept.
+        loss: Mean training loss of the last epoch.
+        seconds, steps, rows, peak_memory_bytes: What it cost; a failed trial counts all steps it
+            was to take.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+    key: str = ""
+    loss: float = 0.0
+    seconds: float = 0.0
+    steps: int = 0
+    rows: int = 0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A trained placement.
 
@@ -177,6 +200,19 @@ class Evaluator(Protocol):
             fidelity: Share of the rows, and passes over them.
             seed: Data subset, order and dropout.
             init_seed: First values of the modules.
+        """
+
+    def trial(self, placement: Placement, *, name: str, fidelity: Fidelity, seed: int) -> Tried:
+        """Train a placement from first values for a short while, and measure it.
+
+        What goes wrong because of the placement (the loss is not finite, memory runs out, the
+        model stops with an error) is a result; what is wrong with the run is raised.
+
+        Args:
+            placement: What is trained.
+            name: For the progress line.
+            fidelity: Share of the rows, and passes over them.
+            seed: First values, data subset, order and dropout.
         """
 
     def carry(

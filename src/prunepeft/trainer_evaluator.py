@@ -3,16 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
+from prunepeft.brief_training import cost_of, measure_briefly, rows_at, train_briefly
 from prunepeft.budget import Fidelity
 from prunepeft.criteria.watch import SaliencyWatcher
-from prunepeft.data import subset
-from prunepeft.evaluate import Outcome, Scored, Target, Watched, Watcher
+from prunepeft.evaluate import Outcome, Scored, Target, Tried, Watched, Watcher
 from prunepeft.resumable import Resumable
 from prunepeft.space import Placement
 from prunepeft.state import Journal, call_key
@@ -20,14 +18,7 @@ from prunepeft.structured.cut import Cut
 from prunepeft.structured.groups import find_groups
 from prunepeft.supernet import attach, detach, load_trainable_state, n_trainable, trainable_state
 from prunepeft.takeover import cut_and_keep, cut_and_merge
-from prunepeft.training import (
-    PhaseLog,
-    Phases,
-    derive_seed,
-    make_optimizer,
-    make_scheduler,
-    n_steps,
-)
+from prunepeft.training import Phases, derive_seed, make_optimizer, make_scheduler, n_steps
 from prunepeft.trials import FOUND, Trials
 
 
@@ -86,13 +77,15 @@ class TrainerEvaluator:
         key = call_key(call)
         if (found := self.trials.find(key)) is not None:
             return Scored(**found)
-        rows = self._rows(fidelity, seed)
+        rows = rows_at(self.phases, self.target, fidelity, seed)
         net = self.attach(placement, init_seed)
         if start:
             load_trainable_state(net, self.trials.weights(start), strict=False)
         watcher = SaliencyWatcher(criteria)
-        logs, _ = self._observe(net, rows, watcher, fidelity.epochs, name, seed)
-        result = Scored(saliency=watcher.saliency, key=key, **_cost(logs, rows))
+        logs, _ = train_briefly(
+            net, self.phases, self.target, rows, fidelity.epochs, name, seed, watcher
+        )
+        result = Scored(saliency=watcher.saliency, key=key, **cost_of(logs, rows))
         tensors = trainable_state(net) if keep else None
         detach(net)
         result = self.trials.keep(key, call, result, tensors)
@@ -116,14 +109,35 @@ class TrainerEvaluator:
         key = call_key(call | {"seeds": [seed, init_seed]})
         cost = self.trials.find(key)
         if cost is None:
-            rows = self._rows(fidelity, seed)
+            rows = rows_at(self.phases, self.target, fidelity, seed)
             net = self.attach(placement, init_seed)
-            logs, found = self._observe(net, rows, watcher, fidelity.epochs, name, seed)
+            logs, found = train_briefly(
+                net, self.phases, self.target, rows, fidelity.epochs, name, seed, watcher
+            )
             tensors = {FOUND + n: t for n, t in found.items()} | trainable_state(net)
             detach(net)
-            cost = self.trials.keep(key, call, {"key": key, **_cost(logs, rows)}, tensors)
+            cost = self.trials.keep(key, call, {"key": key, **cost_of(logs, rows)}, tensors)
             self.phases.progress.finish(f"loss {cost['loss']:.3f}")
         return Watched(tensors=self.trials.found(key), **cost)
+
+    def trial(self, placement: Placement, *, name: str, fidelity: Fidelity, seed: int) -> Tried:
+        """See `Evaluator.trial`."""
+        call = self.trials.call("trial", placement, fidelity=asdict(fidelity), seed=seed)
+        key = call_key(call)
+        if (found := self.trials.find(key)) is not None:
+            return Tried(**found)
+        rows = rows_at(self.phases, self.target, fidelity, seed)
+        net = self.attach(placement, derive_seed(seed, "trial-init"))
+        try:
+            found = measure_briefly(
+                net, self.phases, self.target, rows, fidelity.epochs, name, seed
+            )
+        finally:
+            detach(net)
+        result = self.trials.keep(key, call, Tried(key=key, **found))
+        metric = self.target.metric
+        self.phases.progress.finish(result.error or f"{metric} {result.metrics[metric]:.4f}")
+        return result
 
     def carry(
         self,
@@ -219,34 +233,6 @@ class TrainerEvaluator:
             load_trainable_state(net, weights)
         return net
 
-    def _observe(
-        self,
-        net: PeftModel,
-        rows: Dataset,
-        watcher: Watcher,
-        epochs: int,
-        name: str,
-        seed: int,
-    ) -> tuple[list[PhaseLog], dict[str, Tensor]]:
-        """Train for some epochs while a watcher looks on."""
-        settings = self.phases.settings
-        steps = n_steps(len(rows), settings.batch_size) * epochs
-        self.phases.progress.start(name, steps)
-        logs = []
-        watcher.attach(net)
-        try:
-            optimizer = make_optimizer(net, settings, self.target.search_lr)
-            scheduler = make_scheduler(optimizer, settings, steps)
-            watcher.start(steps)
-            for epoch in range(1, epochs + 1):
-                watcher.mark()
-                phase_seed = derive_seed(seed, "epoch", epoch)
-                logs.append(self.phases.run(net, rows, optimizer, scheduler, phase_seed, watcher))
-        except BaseException:
-            watcher.abandon()
-            raise
-        return logs, watcher.stop()
-
     def _train(self, net: PeftModel, key: str, name: str, seed: int, lr: float) -> Resumable:
         settings, target, rows = self.phases.settings, self.target, self.phases.train
         steps = n_steps(len(rows), settings.batch_size)
@@ -267,20 +253,3 @@ class TrainerEvaluator:
 
     def _state_file(self, key: str) -> Path:
         return self.state_dir / f"train-{key}.safetensors"
-
-    def _rows(self, fidelity: Fidelity, seed: int) -> Dataset:
-        train = self.phases.train
-        if fidelity.data >= 1:
-            return train
-        n = max(1, round(fidelity.data * len(train)))
-        return subset(train, n, seed, "labels" if self.target.stratify else None)
-
-
-def _cost(logs: list[PhaseLog], rows: Dataset) -> dict[str, Any]:
-    return {
-        "loss": logs[-1].loss,
-        "seconds": sum(log.seconds for log in logs),
-        "steps": sum(log.steps for log in logs),
-        "rows": len(rows),
-        "peak_memory_bytes": max(log.peak_memory_bytes for log in logs),
-    }
