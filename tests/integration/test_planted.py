@@ -53,7 +53,7 @@ def cut_off(model: nn.Module, block: str, layer: int) -> None:
 
 
 def make_world(
-    seed: int, folder: Path, roles: dict[str, Any] | None = None
+    seed: int, folder: Path, roles: dict[str, Any] | None = None, *, search_lr: float = 1e-2
 ) -> tuple[TrainerEvaluator, SearchSpace, set[str]]:
     """A classifier with half of its sub-layers cut off, and the slots that are redundant."""
     model = TINY["bert"](n_labels=2, num_hidden_layers=LAYERS, seed=seed)
@@ -78,7 +78,7 @@ def make_world(
         bf16=False,
         progress=SilentProgress(),
     )
-    target = Target("accuracy", True, ["classifier"], "SEQ_CLS", True, 1e-2, {"seed": seed})
+    target = Target("accuracy", True, ["classifier"], "SEQ_CLS", True, search_lr, {"seed": seed})
     journal = Journal(folder / "trials")
     return TrainerEvaluator(model, phases, target, journal, folder / "state"), space, dead
 

@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 from prunepeft.budget import Fidelity
 from prunepeft.errors import BudgetError
-from prunepeft.evaluate import Evaluator, Scored
+from prunepeft.evaluate import Evaluator, Scored, Tried
 from prunepeft.kinds import cost, slot_cost
 from prunepeft.registry import Registry
 from prunepeft.space import Placement, SearchSpace
 from prunepeft.structured.cut import Cut
 from prunepeft.structured.groups import Group
+from prunepeft.training import n_steps
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Problem:
         seed: Of everything random.
         on_event: Told of each finished step, `on_event(kind, **fields)`.
         groups: Structures of the base model of which some may go, for methods that prune it.
+        metric: Name of the validation metric that decides.
+        greater_is_better: Its direction.
+        batch_size: Rows of one optimiser step.
     """
 
     space: SearchSpace
@@ -40,18 +44,30 @@ class Problem:
     seed: int
     on_event: Callable[..., None] = lambda kind, **fields: None
     groups: tuple[Group, ...] = ()
+    metric: str = ""
+    greater_is_better: bool = True
+    batch_size: int = 16
 
     def cost(self, placement: Placement) -> int:
         """Cost of a placement in the budget's unit."""
         return cost(placement, self.unit)
 
-    def slot_costs(self) -> dict[str, int]:
-        """Cost of each slot of the space at its largest size."""
-        return {s.id: slot_cost(s, s.sizes[-1], self.unit) for s in self.space}
+    def slot_costs(self, *, smallest: bool = False) -> dict[str, int]:
+        """Cost of each slot of the space at its largest size, or at its smallest."""
+        at = 0 if smallest else -1
+        return {s.id: slot_cost(s, s.sizes[at], self.unit) for s in self.space}
 
-    def check(self) -> None:
-        """Raise BudgetError if even the smallest module is over the limit."""
-        costs = self.slot_costs()
+    def n_steps(self, fidelity: Fidelity) -> int:
+        """Optimiser steps of a training at this fidelity."""
+        return n_steps(fidelity.rows(self.n_train), self.batch_size) * fidelity.epochs
+
+    def check(self, *, smallest: bool = False) -> None:
+        """Raise BudgetError if even the smallest module is over the limit.
+
+        Args:
+            smallest: Whether modules may have their smallest size, not only their largest.
+        """
+        costs = self.slot_costs(smallest=smallest)
         smallest = min(costs, key=lambda i: costs[i])
         if costs[smallest] > self.limit:
             raise BudgetError(
@@ -80,7 +96,7 @@ class SearchResult:
     runs: int = 0
     peak_memory_bytes: int = 0
 
-    def add(self, scored: Scored) -> None:
+    def add(self, scored: Scored | Tried) -> None:
         """Count one run into the cost."""
         self.seconds += scored.seconds
         self.steps += scored.steps

@@ -172,7 +172,7 @@ def _widened(
     mask: Tensor | None, branches: Sequence[Branch], query: Tensor, n_keys: int
 ) -> Tensor | None:
     """The mask with columns for the prefixes before the others: the logarithm of their gates."""
-    if any(isinstance(b.gate, Tensor) or b.gate != 1.0 for b in branches):
+    if any(b.is_gated for b in branches):
         additive = query.new_zeros(1, 1, 1, n_keys)
         if mask is not None and mask.dtype == torch.bool:
             mask = additive.masked_fill(~mask, torch.finfo(query.dtype).min)

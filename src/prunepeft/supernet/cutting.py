@@ -110,7 +110,7 @@ def _stuck_kinds(path: str, layer: nn.Module, rows: Tensor | None, cols: Tensor 
             f"{path} cannot be cut while its modules are merged into it; call unmerge_adapter()."
         )
     _, folded = _plan(layer, *_without_whole(layer, rows, cols))
-    if any(isinstance(b.gate, Tensor) or b.gate != 1.0 for _, b in folded):
+    if any(b.is_gated for _, b in folded):
         kinds = ", ".join(b.kind.name for _, b in folded)
         raise StateError(
             f"{path} cannot be cut while its modules have gates: {kinds} would be folded into the "

@@ -1,6 +1,6 @@
 """One wrapper per layer: the frozen linear or normalisation layer plus every module on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -29,8 +29,10 @@ class Branch:
         site: Where it sits.
         size: Current size.
         scaling: Factor of the update, fixed at the slot's largest size.
-        gate: Multiplier of its contribution; 0 hides the module. At stage "attention" it may be one
-            multiplier per unit, (size,).
+        gate: Multiplier of its contribution; 0 hides the module. As a tensor, (), gradients reach
+            it; at stage "attention" it may be one multiplier per unit, (size,), and is over 0.
+        origin: Tensors like the module's whose contribution is taken off again, so that a module
+            with these very values changes nothing. For the time of a training.
         stages: Where in the layer it acts, in order.
         tensors: Names of its tensors.
     """
@@ -41,12 +43,18 @@ class Branch:
     size: int
     scaling: float
     gate: float | Tensor = 1.0
+    origin: Mapping[str, Tensor] | None = None
     stages: tuple[str, ...] = field(init=False)
     tensors: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.stages = self.kind.stages(self.site)
         self.tensors = tuple(self.kind.shapes(self.site, self.size))
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the gate may change anything; a tensor is not read, which would wait for it."""
+        return isinstance(self.gate, Tensor) or self.gate != 1.0
 
 
 class UnionLayer(nn.Module, BaseTunerLayer):
@@ -203,7 +211,9 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         if dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             x, y = x.to(dtype), y.to(dtype)
         delta = branch.kind.delta(params, x, y, branch.scaling, self, stage)
-        if branch.gate != 1.0:
+        if branch.origin is not None:
+            delta = delta - branch.kind.delta(branch.origin, x, y, branch.scaling, self, stage)
+        if branch.is_gated:
             delta = delta * branch.gate
         if self.observer is not None and stage == branch.stages[-1]:
             self.observer(branch, delta, y)
@@ -255,7 +265,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
                 params = {k: v.detach().to(wide) for k, v in own.items()}
                 start = frozen if stage == "add" else weight
                 new, new_bias = branch.kind.merged(start, bias, params, branch.scaling, stage)
-                if branch.gate != 1.0:
+                if branch.is_gated:
                     raise StateError("a gated module cannot be merged; set its gate back to 1.")
                 weight = weight + (new - start) if stage == "add" else new
                 bias = new_bias
