@@ -7,9 +7,10 @@ from typing import Any
 from prunepeft.config import RunConfig
 from prunepeft.data import Splits
 from prunepeft.kinds import cost, count_params
-from prunepeft.plan import Plan
+from prunepeft.plan import Plan, problem_of
 from prunepeft.space import Placement
 from prunepeft.state import disk_free
+from prunepeft.strategies.black_box import BlackBox
 from prunepeft.structured.cut import n_removed
 from prunepeft.training import n_steps
 
@@ -99,6 +100,8 @@ def _warnings(plan: Plan) -> list[str]:
 
 def _search_cost(plan: Plan) -> dict[str, Any]:
     """Upper bounds: how many runs, steps and rows the search takes."""
+    if isinstance(plan.strategy, BlackBox) and plan.given is None and plan.budget is not None:
+        return _trials_cost(plan, plan.strategy)
     search, batch, n = plan.config.search, plan.config.train.batch_size, len(plan.splits.train)
     mode = getattr(plan.strategy, "mode", "")
     if plan.given is not None or plan.budget is None or mode in ("none", "random"):
@@ -115,6 +118,20 @@ def _search_cost(plan: Plan) -> dict[str, Any]:
         seen += most * search.warmup_epochs * few
     whole = n * plan.config.train.epochs
     return {"runs": runs, "steps": steps, "rows_per_training_row": round(seen / whole, 3)}
+
+
+def _trials_cost(plan: Plan, strategy: BlackBox) -> dict[str, Any]:
+    """The same for methods that try one placement after another."""
+    problem = problem_of(plan, None, None)
+    stages = () if problem.cost(plan.space.full()) <= plan.limit else strategy.stages(problem)
+    steps = sum(n * problem.n_steps(fidelity) for n, fidelity in stages)
+    seen = sum(n * fidelity.rows(problem.n_train) * fidelity.epochs for n, fidelity in stages)
+    runs, share = sum(n for n, _ in stages), 1.0
+    if strategy.max_steps is not None and steps > strategy.max_steps:
+        share = strategy.max_steps / steps
+        runs, steps = int(runs * share), strategy.max_steps
+    whole = problem.n_train * plan.config.train.epochs
+    return {"runs": runs, "steps": steps, "rows_per_training_row": round(share * seen / whole, 3)}
 
 
 def estimate_memory(plan: Plan, trained: int) -> int:

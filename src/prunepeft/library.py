@@ -7,7 +7,7 @@ from prunepeft import run
 from prunepeft.config import RunConfig, load_config
 from prunepeft.result import Result, load_result
 
-_SECTIONS = ("train", "search", "base", "light_peft")
+_SECTIONS = ("train", "search", "base", "light_peft", "black_box")
 
 
 def search(model: str, data: str, *, budget: str | int, **settings: Any) -> Result:

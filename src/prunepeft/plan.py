@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from prunepeft.base_plan import narrowed_sites, plan_groups
-from prunepeft.budget import Budget
+from prunepeft.budget import Budget, Fidelity
 from prunepeft.candidates import LORA_ALL_ROLES, make_lora_baseline, make_space, paper_space
 from prunepeft.config import RunConfig
 from prunepeft.data import Splits, load_data
 from prunepeft.errors import BudgetError, ConfigError
 from prunepeft.kinds import cost
-from prunepeft.metrics import check_metric
+from prunepeft.metrics import METRICS, check_metric
 from prunepeft.sites import count_base_params, find_sites
 from prunepeft.space import Placement, SearchSpace, Site
 from prunepeft.state import read_json
@@ -203,8 +203,6 @@ def check_device(device: str) -> str:
 
 def problem_of(plan: Plan, evaluator: Any, on_event: Any) -> Problem:
     """The search problem of a plan."""
-    from prunepeft.budget import Fidelity
-
     search = plan.config.search
     return Problem(
         space=plan.space,
@@ -216,6 +214,9 @@ def problem_of(plan: Plan, evaluator: Any, on_event: Any) -> Problem:
         seed=plan.config.seed,
         on_event=on_event,
         groups=plan.groups,
+        metric=plan.metric,
+        greater_is_better=METRICS.get(plan.metric).greater_is_better,
+        batch_size=plan.config.train.batch_size,
     )
 
 

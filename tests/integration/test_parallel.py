@@ -116,6 +116,22 @@ def test_the_command_finds_the_same_placement(model, data, tmp_path):
     assert not (two / ".lock").exists()
 
 
+@pytest.mark.parametrize(("method", "score"), [("smam", "first_order"), ("s3delta", "gate")])
+def test_watchers_see_whole_steps_and_parameters_of_all_processes(
+    model, data, tmp_path, method, score
+):
+    settings = SETTINGS | {"method": method, "smam.rounds": 2, "search.epochs": 2}
+    one, two = tmp_path / "one", tmp_path / "two"
+    run.search(load_config(None, (), settings | _io(model, data, one)))
+    flags = [f"{key}={value}" for key, value in (settings | _io(model, data, two)).items()]
+    done = two_processes("-m", "prunepeft", "search", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (two / "best/arch.json").read_bytes() == (one / "best/arch.json").read_bytes()
+    histories = [read(folder / "history.json") for folder in (one, two)]
+    for first, second in zip(histories[0]["rounds"], histories[1]["rounds"], strict=True):
+        assert second["saliency"][score] == pytest.approx(first["saliency"][score], rel=1e-3)
+
+
 def test_a_process_that_fails_ends_the_job(model, data, tmp_path):
     began = time.monotonic()
     done = two_processes(str(DRIVER), model, data, str(tmp_path), "FAIL", timeout=100)

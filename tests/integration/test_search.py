@@ -268,6 +268,18 @@ def test_modes(world: World, mode: str) -> None:
         assert set(result.history["strategy"]) == {"all"}
 
 
+@pytest.mark.parametrize(("method", "score"), [("smam", "first_order"), ("s3delta", "gate")])
+def test_other_methods(world: World, method: str, score: str) -> None:
+    given = {"smam": {"rounds": 2}, "search": BRIEF | {"epochs": 2}, "kinds": ["lora", "bitfit"]}
+    result = world.search(f"method-{method}", method=method, **given)
+    assert 0 < result.report["budget"]["realised"] <= 1200
+    assert result.report["search"]["runs"] == (2 if method == "smam" else 1)
+    assert result.report["metric"]["reloaded"] == result.report["metric"]["value"]
+    rounds = result.history["rounds"]
+    assert all(list(r["saliency"]) == [score] for r in rounds)
+    assert score in (result.path / "report" / "report.html").read_text("utf-8")
+
+
 def test_a_strategy_is_carried_to_another_run(world: World, whole: Result) -> None:
     path = str(whole.path / "best" / "strategy.json")
     search = {"rounds": 2, "warmup_turns": 1, "warmup_rows": 16, "warmup_epochs": 1}

@@ -22,13 +22,12 @@ from transformers import (
 )
 
 import prunepeft
-from prunepeft import run
+from prunepeft import run, trainer_evaluator
 from prunepeft.base_plan import plan_groups
 from prunepeft.config import BASE_METHOD_NAMES, load_config
 from prunepeft.config.yaml_text import read_yaml
 from prunepeft.errors import ConfigError, SiteError, StateError
 from prunepeft.structured.groups import find_groups
-from prunepeft.trainer_evaluator import TrainerEvaluator
 from tests.tiny_tokenizer import save_tiny_model
 
 FAST = {"epochs": 1, "lr": 5e-3, "batch_size": 8}
@@ -103,7 +102,7 @@ def test_light_peft_leaves_kept_weights_alone_and_loraprune_merges(world):
 def test_a_finished_or_killed_prune_base_repeats_nothing(world, monkeypatch):
     folder = prune_texts(world, "again", method="loraprune")
     before = (folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr(TrainerEvaluator, "_observe", None)
+    monkeypatch.setattr(trainer_evaluator, "train_briefly", None)
     assert prune_texts(world, "again", method="loraprune") == folder
     (folder.parent / "result.json").unlink()
     assert prune_texts(world, "again", method="loraprune") == folder

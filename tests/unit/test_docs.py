@@ -19,10 +19,12 @@ from prunepeft.budget import UNITS
 from prunepeft.cli.app import COMMANDS
 from prunepeft.config import RunConfig
 from prunepeft.config.load import key_paths
+from prunepeft.config.model import BlackBoxSettings
 from prunepeft.criteria import CRITERIA
 from prunepeft.kinds import KINDS
 from prunepeft.space import Placement
-from prunepeft.strategies import LightPeft
+from prunepeft.strategies import LightPeft, S3Delta, SMam
+from prunepeft.strategies.black_box import Trial
 from prunepeft.strategies.hybrid_pruning import MODES, REINIT
 from prunepeft.structured import find_groups
 from prunepeft.structured.base_criteria import BASE_CRITERIA
@@ -163,11 +165,15 @@ def test_every_page_and_example_is_linked_from_the_index() -> None:
         ("export.md", FORMATS.names()),
         ("methods/prunepeft.md", (*MODES, *REINIT, "paper_exact", "per_round")),
         ("methods/light-peft.md", [f.name for f in fields(LightPeft) if f.name != "l1"]),
+        ("methods/black-box.md", [*BlackBoxSettings.model_fields, *Trial.__dataclass_fields__]),
+        ("methods/s-mam.md", [f.name for f in fields(SMam)]),
+        ("methods/s3delta.md", [f.name for f in fields(S3Delta)]),
         ("methods/loraprune.md", BASE_CRITERIA.names()),
         ("methods/loraprune.md", list(GradualPruner(find_groups(TINY["bert"]())).config)[1:]),
     ],
     ids=(
-        "api kinds criteria commands budget_units formats method light_peft base_criteria loraprune"
+        "api kinds criteria commands budget_units formats method light_peft black_box smam s3delta "
+        "base_criteria loraprune"
     ).split(),
 )
 def test_page_names_everything(page: str, names: Any) -> None:

@@ -58,11 +58,15 @@ def test_the_second_signal_ends_the_process_at_once(first, second):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_handlers_come_back(number):
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(Interrupted, match=number.name) as error, graceful_interrupts():
-        signal.raise_signal(number)
-    assert error.value.signum == number
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    old = signal.signal(number, signal.default_int_handler)  # background jobs ignore SIGINT
+    try:
+        before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+        with pytest.raises(Interrupted, match=number.name) as error, graceful_interrupts():
+            signal.raise_signal(number)
+        assert error.value.signum == number
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    finally:
+        signal.signal(number, old)
 
 
 def test_an_interrupt_is_no_ordinary_exception():

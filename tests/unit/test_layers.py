@@ -21,7 +21,7 @@ LAYERS = (
     ("structured", "supernet.export", "sparse_tuning", "compression"),
     ("tasks", "data", "evaluate"),
     ("train_state", "phase_trainer", "training", "resumable", "trials", "takeover"),
-    ("trainer_evaluator",),
+    ("brief_training", "trainer_evaluator"),
     ("backends", "callback"),
     ("strategies",),
     ("report", "base_plan", "plan"),

@@ -11,7 +11,9 @@ from prunepeft.config.model import (
     BaseSettings,
     LightPeftSettings,
     RunConfig,
+    S3DeltaSettings,
     SearchSettings,
+    SMamSettings,
     TrainSettings,
 )
 from prunepeft.config.template import config_schema, template
@@ -26,6 +28,8 @@ __all__ = [
     "TASK_NAMES",
     "LightPeftSettings",
     "RunConfig",
+    "S3DeltaSettings",
+    "SMamSettings",
     "SearchSettings",
     "TrainSettings",
     "config_schema",

@@ -45,8 +45,11 @@ __all__ = [
     "METHOD_NAMES",
     "TASK_NAMES",
     "BaseSettings",
+    "BlackBoxSettings",
     "LightPeftSettings",
     "RunConfig",
+    "S3DeltaSettings",
+    "SMamSettings",
     "SearchSettings",
     "TrainSettings",
 ]
@@ -145,6 +148,51 @@ class LightPeftSettings(_Settings):
     l1: NotNegative = _about(1e-4, "factor of the L1 norm of the masks in the loss")
 
 
+class BlackBoxSettings(_Settings):
+    """How methods that train one placement after another search: random, asha and evolution."""
+
+    n_trials: Count = _about(27, "placements tried; asha trains the better ones again")
+    fidelity: FullShare = _about(
+        1.0, "share of the training rows a trial sees, in asha one of the last rung"
+    )
+    epochs: Count = _about(1, "passes of a trial over its rows")
+    max_steps: Count | None = _about(
+        None, "optimiser steps of all trials together; the search ends before there are more"
+    )
+    eta: Pair = _about(
+        3, "asha: one in so many goes on to the next rung, with so many times the rows"
+    )
+    population: Pair = _about(12, "evolution: placements alive at a time; the oldest dies")
+    sample: Count = _about(4, "evolution: of so many, drawn at random, the best is the parent")
+
+
+class SMamSettings(_Settings):
+    """How method smam prunes; a round is as long as search.fidelity and search.epochs say."""
+
+    rounds: Count = _about(5, "train-and-prune rounds")
+    schedule: Literal["linear", "geometric"] = _about(
+        "linear", "the cost falls by equal amounts, or by equal factors"
+    )
+    aggregate: Literal["mean", "sum", "signed"] = _about(
+        "mean", "first-order scores of a rank: per weight, summed, or summed with their signs"
+    )
+    balanced: bool = _about(True, "start both factors from noise and subtract what they add")
+
+
+class S3DeltaSettings(_Settings):
+    """How method s3delta learns its gates, in one training as long as the search section says."""
+
+    update: Literal["alternate", "joint"] = _about(
+        "alternate", "modules and gates learn in turn on other rows, or both in every step"
+    )
+    gradient: Literal["implicit", "detach"] = _about(
+        "implicit", "gradient of the gates: exact under the budget, or as released"
+    )
+    logit_lr: Positive = _about(0.1, "learning rate of the gates' logits; falls to zero")
+    beta: Positive = _about(1.0, "temperature of the gates")
+    max_grad_norm: Positive = _about(2.0, "gradients of the logits are scaled down to this norm")
+
+
 class RunConfig(_Settings):
     """Every setting of a run."""
 
@@ -187,6 +235,9 @@ class RunConfig(_Settings):
     search: SearchSettings = Field(default_factory=SearchSettings)
     base: BaseSettings = Field(default_factory=BaseSettings)
     light_peft: LightPeftSettings = Field(default_factory=LightPeftSettings)
+    black_box: BlackBoxSettings = Field(default_factory=BlackBoxSettings)
+    smam: SMamSettings = Field(default_factory=SMamSettings)
+    s3delta: S3DeltaSettings = Field(default_factory=S3DeltaSettings)
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -42,7 +42,15 @@ PAPER_CRITERION_NAMES = (
     "gradient",
 )
 CRITERION_NAMES = (*PAPER_CRITERION_NAMES, "snip_mean", "gradient_mean", "threshold_relative")
-METHOD_NAMES = ("prunepeft", "light-peft")
+METHOD_NAMES = (
+    "prunepeft",
+    "light-peft",
+    "smam",
+    "s3delta",
+    "random",
+    "asha",
+    "evolution",
+)
 # How the frozen model is made smaller: trained masks, or criteria on a gradual schedule.
 BASE_METHOD_NAMES = (
     "light-peft",

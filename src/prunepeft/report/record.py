@@ -180,6 +180,7 @@ class History(_Section):
     warmup: WarmUp | None = None
     strategy: dict[str, list[str]] = {}
     rounds: list[Round] = []
+    trials: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ def make_tables(evidence: Evidence) -> list[Table]:
         tables.append(base_table(evidence.result.base))
     if evidence.history and evidence.history.rounds:
         tables += [rounds_table(evidence.history), drop_table(evidence.history)]
+    if evidence.history and evidence.history.trials:
+        tables.append(trials_table(evidence.history, metric_name(evidence.result)))
     if evidence.result.train.curve:
         tables.append(curve_table(evidence.result))
     return tables
@@ -144,6 +146,16 @@ def rounds_table(history: History) -> Table:
         for r in history.rounds
     )
     return Table("rounds", "Rounds", columns, rows, "Cost in the unit of the budget.")
+
+
+def trials_table(history: History, metric: str) -> Table:
+    """Every placement that was tried in a short training."""
+    forms = {"number": "int", "stage": "int", "placement": "text", "cost": "int", "status": "text"}
+    forms |= {"metric": "score", "steps": "int", "seconds": "seconds"}
+    columns = tuple(Column(metric if k == "metric" else k, form) for k, form in forms.items())
+    rows = tuple(tuple(trial.get(key) for key in forms) for trial in history.trials)
+    note = "Cost in the unit of the budget. Metrics of different stages do not compare."
+    return Table("trials", "Trials", columns, rows, note)
 
 
 def curve_table(result: Result) -> Table:
