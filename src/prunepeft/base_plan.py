@@ -10,14 +10,13 @@ from prunepeft.config import RunConfig
 from prunepeft.errors import ConfigError
 from prunepeft.sites import find_sites
 from prunepeft.space import Site
+from prunepeft.strategies.light_peft import THIRD
 from prunepeft.structured.cut import Cut, check_ratio, n_removed
 from prunepeft.structured.groups import Group, find_groups
 from prunepeft.structured.surgery import apply_cut
 from prunepeft.structured.widths import express
 
 logger = logging.getLogger(__name__)
-
-THIRD = 1 / 3
 
 
 def plan_groups(config: RunConfig, model: nn.Module, *, cuts_base: bool) -> tuple[Group, ...]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from prunepeft.sites import count_base_params, find_sites
 from prunepeft.space import Placement, SearchSpace, Site
 from prunepeft.state import read_json
 from prunepeft.strategies import METHODS, Problem, Strategy
+from prunepeft.strategies.make import make_strategy
 from prunepeft.structured.groups import Group
 from prunepeft.tasks import TASKS, Task
 
@@ -142,38 +143,6 @@ def make_plan(config: RunConfig) -> Plan:
 
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def make_strategy(config: RunConfig) -> Strategy:
-    """The strategy of the method, with the settings of its own section of the configuration."""
-    method = METHODS.get(config.method)
-    known = {field.name for field in fields(method)}
-    section = getattr(config, method.section).model_dump(include=known)
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-    if config.strategy:
-        data = read_json(Path(config.strategy))
-        if not isinstance(data, dict) or not isinstance(data.get("strategy"), dict):
-            raise ConfigError(
-                f"{config.strategy} holds no strategy; give best/strategy.json of a finished run."
-            )
-        if "strategy" not in known:
-            raise ConfigError(
-                f"method {config.method} has no partitions, so strategy={config.strategy} says "
-                "nothing to it; leave strategy out."
-            )
-        settings["strategy"] = data["strategy"]
-    if method.cuts_base:
-        settings |= _base_settings(config, settings)
-    return method(**settings)
-
-
-def _base_settings(config: RunConfig, own: dict[str, Any]) -> dict[str, Any]:
-    """What a method that cuts the base is told of it, where its own section is silent."""
-    settings: dict[str, Any] = {"neuron_scope": config.base.scope}
-    if config.base_ratio:
-        silent = [n for n in ("head_ratio", "neuron_ratio") if own.get(n) is None]
-        settings |= dict.fromkeys(silent, config.base_ratio)
-    return settings
 
 
 def read_architecture(path: str) -> Placement:

@@ -38,9 +38,9 @@ IGNORED_ON_RESUME = ("output", "offline", "device")
 SAME_METRIC = 1e-6
 
 
-def check(config: RunConfig) -> dict[str, Any]:
+def check(config: RunConfig, place: Path | None = None) -> dict[str, Any]:
     """What would run and what it would cost; trains nothing and reads no weights."""
-    RunFolder(output_of(config)).check_place()
+    RunFolder(place or output_of(config)).check_place()
     return describe(make_plan(config))
 
 
@@ -92,7 +92,7 @@ def prune_base(
             "0 and less than 1."
         )
     if dry_run:
-        return check(config)
+        return check(config, base_output_of(config))
     return _work(_prune_base, config, resume, overwrite, command, progress)
 
 

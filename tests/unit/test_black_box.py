@@ -16,12 +16,12 @@ from prunepeft.config import load_config
 from prunepeft.errors import BudgetError, ConfigError, StateError
 from prunepeft.evaluate import Tried
 from prunepeft.kinds import cost, slot_cost
-from prunepeft.plan import make_strategy
 from prunepeft.space import Placement, SearchSpace, Site, Slot
 from prunepeft.strategies import BlackBox, Evolution, Problem, RandomSearch, SuccessiveHalving
 from prunepeft.strategies.black_box import History, Trial
 from prunepeft.strategies.choices import Choices
 from prunepeft.strategies.evolution import mutate
+from prunepeft.strategies.make import make_strategy
 
 METHODS = (RandomSearch, SuccessiveHalving, Evolution)
 UNITS = ("parameters", "modules", "rank")

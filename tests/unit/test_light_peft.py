@@ -16,10 +16,10 @@ from prunepeft.config import RunConfig
 from prunepeft.errors import BudgetError, ConfigError
 from prunepeft.estimates import _search_cost
 from prunepeft.kinds import n_params, seeded
-from prunepeft.plan import make_strategy
 from prunepeft.sites import find_sites
 from prunepeft.space import Placement
 from prunepeft.strategies import METHODS, HybridPruning, LightPeft, Problem
+from prunepeft.strategies.make import make_strategy
 from prunepeft.structured import Masks, apply_cut, choose_units, find_groups
 from prunepeft.structured.keep import fit, keep_modules, keep_ranks, n_gone, slots_after
 from prunepeft.supernet import (

@@ -6,6 +6,7 @@ from prunepeft.config import load_config
 from prunepeft.errors import ConfigError
 from prunepeft.plan import _space
 from prunepeft.space import Site
+from prunepeft.strategies.make import make_strategy
 
 SITES = tuple(
     Site(f"l.{layer}.{role}", "encoder", layer, 2, block, role, 8, 8, source)
@@ -34,3 +35,14 @@ def test_paper_space_holds_the_kinds_asked_for():
 def test_paper_space_refuses_what_it_would_ignore(wrong):
     with pytest.raises(ConfigError, match="space=paper holds lora and serial_adapter"):
         _space(config(wrong), SITES, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [("random", "black_box.eta=5"), ("asha", "black_box.population=7")],
+)
+def test_a_setting_that_the_method_does_not_read_is_refused(method: str, setting: str) -> None:
+    flags = {"model": "m", "data": "d", "budget": "1%", "method": method}
+    name = setting.partition("=")[0].replace(".", r"\.")
+    with pytest.raises(ConfigError, match=f"does not read {name}"):
+        make_strategy(load_config(None, (setting,), flags))

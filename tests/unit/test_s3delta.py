@@ -17,10 +17,10 @@ from prunepeft.criteria.select import prune_to, removal_order
 from prunepeft.errors import BudgetError, ConfigError, StateError, UnknownNameError
 from prunepeft.evaluate import Watched
 from prunepeft.kinds import cost, seeded, slot_cost
-from prunepeft.plan import make_strategy
 from prunepeft.sites import find_sites
 from prunepeft.strategies import Problem, S3Delta
 from prunepeft.strategies.gate_search import GateSearch
+from prunepeft.strategies.make import make_strategy
 from prunepeft.strategies.shifted_sigmoid import concrete, gate_probabilities, shift
 from prunepeft.supernet import attach, gate_slots, slot_layers, slot_parameters, trainable_state
 from tests.tiny_models import TINY, tiny_inputs

@@ -16,10 +16,10 @@ from prunepeft.config import RunConfig
 from prunepeft.errors import BudgetError, ConfigError, StateError, UnknownNameError
 from prunepeft.evaluate import Watched
 from prunepeft.kinds import cost, seeded, slot_cost
-from prunepeft.plan import make_strategy
 from prunepeft.sites import find_sites
 from prunepeft.strategies import Problem, SMam
 from prunepeft.strategies.first_order import FirstOrder
+from prunepeft.strategies.make import make_strategy
 from prunepeft.strategies.s_mam import choose_sizes
 from prunepeft.supernet import attach, detach, slot_layers, slot_parameters, trainable_state
 from tests.tiny_models import TINY, tiny_inputs

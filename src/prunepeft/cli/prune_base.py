@@ -1,12 +1,12 @@
 """`prunepeft prune-base`: a smaller frozen model, as an ordinary model folder."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from prunepeft.cli.check import print_plan
 from prunepeft.cli.options import Switches, add_run_command
 from prunepeft.cli.output import Output
+from prunepeft.cli.search import run_and_print
 
 if TYPE_CHECKING:
     from prunepeft.config import RunConfig
@@ -27,25 +27,15 @@ def add(app: typer.Typer) -> None:
 
 def prune_base(config: "RunConfig", switches: Switches, output: Output) -> None:
     """Shrink the frozen model and write it to `base/` of the run folder."""
-    with output.work(chatty=True):
-        from prunepeft import run
-        from prunepeft.cli.progress import make_progress
+    run_and_print("prune_base", config, switches, output, _summary)
 
-        result = run.prune_base(
-            config,
-            resume=switches.resume,
-            overwrite=switches.overwrite,
-            dry_run=switches.dry_run,
-            command=switches.command,
-            progress=make_progress(output),
-        )
-        folder = run.base_output_of(config)
-    if switches.dry_run:
-        print_plan(result, output)
-    elif not output.document(result):
-        base, metric = result["base"], result["metric"]
-        share = 1 - base["n_params"] / base["n_params_before"]
-        output.line(
-            f"{folder / 'base'}: {base['n_params']:,} of {base['n_params_before']:,} parameters "
-            f"({share:.1%} removed), {metric['name']} {metric['value']:.4f}"
-        )
+
+def _summary(result: dict[str, Any], config: "RunConfig") -> str:
+    from prunepeft.places import base_output_of
+
+    base, metric = result["base"], result["metric"]
+    share = 1 - base["n_params"] / base["n_params_before"]
+    return (
+        f"{base_output_of(config) / 'base'}: {base['n_params']:,} of {base['n_params_before']:,} "
+        f"parameters ({share:.1%} removed), {metric['name']} {metric['value']:.4f}"
+    )

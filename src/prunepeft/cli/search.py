@@ -1,6 +1,7 @@
 """`prunepeft search`: the main job, from a model and data to a trained adapter."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -29,12 +30,17 @@ def search(config: "RunConfig", switches: Switches, output: Output) -> None:
     run_and_print("search", config, switches, output)
 
 
-def run_and_print(name: str, config: "RunConfig", switches: Switches, output: Output) -> None:
-    """Call `prunepeft.run.<name>` and print its plan or result."""
+def run_and_print(
+    name: str,
+    config: "RunConfig",
+    switches: Switches,
+    output: Output,
+    summary: Callable[[dict[str, Any], "RunConfig"], str] | None = None,
+) -> None:
+    """Call `prunepeft.run.<name>` and print its plan or result, by default that of a search."""
     with output.work(chatty=True):
         from prunepeft import run
         from prunepeft.cli.progress import make_progress
-        from prunepeft.report import compact_summary
 
         result = getattr(run, name)(
             config,
@@ -44,8 +50,14 @@ def run_and_print(name: str, config: "RunConfig", switches: Switches, output: Ou
             command=switches.command,
             progress=make_progress(output),
         )
-        folder = run.output_of(config)
     if switches.dry_run:
         print_plan(result, output)
     elif not output.document(result):
-        output.line(compact_summary(result, folder))
+        output.line((summary or _summary)(result, config))
+
+
+def _summary(result: dict[str, Any], config: "RunConfig") -> str:
+    from prunepeft.places import output_of
+    from prunepeft.report import compact_summary
+
+    return compact_summary(result, output_of(config))
