@@ -19,7 +19,7 @@ from prunepeft.budget import UNITS
 from prunepeft.cli.app import COMMANDS
 from prunepeft.config import RunConfig
 from prunepeft.config.load import key_paths
-from prunepeft.config.model import BlackBoxSettings
+from prunepeft.config.methods import BlackBoxSettings
 from prunepeft.criteria import CRITERIA
 from prunepeft.kinds import KINDS
 from prunepeft.space import Placement

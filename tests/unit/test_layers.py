@@ -14,7 +14,7 @@ MAX_FILE, MAX_FUNCTION = 300, 40
 LAYERS = (
     ("errors", "_version", "interrupts", "progress"),
     ("registry", "docstrings", "state", "memory", "processes"),
-    ("space", "budget", "schedules", "config", "metrics"),
+    ("space", "budget", "schedules", "config", "metrics", "pareto"),
     ("kinds", "sites", "families"),
     ("candidates",),
     ("supernet", "criteria"),
