@@ -17,7 +17,7 @@ from prunepeft.errors import CheckpointError, DiskError, StateError
 WRITE_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 )
-_ACCESS_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_ACCESS_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
 _UNSUPPORTED_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
 # Long names are cut in the temporary name so that it stays below the 255 bytes of common disks.
 _NAME_CUT = 40

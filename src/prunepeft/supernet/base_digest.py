@@ -22,8 +22,13 @@ def content_digest(model: PreTrainedModel) -> str:
     Left out is what a task replaces: its head, the pooler and the output embeddings. So a base
     opened under another head has the same digest; one of another dtype has not.
     """
+    return tensors_digest(_base_tensors(model))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors of a plain model, 64 hex digits: names, types, shapes and bytes."""
     hasher = hashlib.sha256()
-    for name, tensor in sorted(_base_tensors(model).items()):
+    for name, tensor in sorted(tensors.items()):
         if tensor.is_meta or ".base_layer." in name:
             why = "has no weights (meta device)" if tensor.is_meta else "carries an adapter"
             raise StateError(
