@@ -10,11 +10,12 @@ from torch.testing import assert_close
 import prunepeft
 from prunepeft import run
 from prunepeft.budget import Fidelity
+from prunepeft.cli import main
 from prunepeft.config import load_config
 from prunepeft.errors import DataError, OutOfMemoryError
 from prunepeft.kinds import cost
 from prunepeft.space import Placement
-from prunepeft.strategies import Evolution, Problem, RandomSearch, SuccessiveHalving
+from prunepeft.strategies import AutoPeft, Evolution, Problem, RandomSearch, SuccessiveHalving
 from prunepeft.trainer_evaluator import TrainerEvaluator
 from tests.integration.test_planted import make_world
 from tests.tiny_tokenizer import save_tiny_model
@@ -145,10 +146,13 @@ def test_errors_of_the_run_are_raised_and_leave_nothing_behind(world, monkeypatc
         RandomSearch(n_trials=4, fidelity=0.25),
         SuccessiveHalving(n_trials=4, eta=2, fidelity=0.5),
         Evolution(n_trials=5, fidelity=0.25, population=3, sample=2),
+        AutoPeft(n_trials=5, fidelity=0.25, initial=3, batch=2, surrogate="gp"),
     ],
     ids=lambda s: s.name,
 )
 def test_a_search_that_was_killed_replays(world, monkeypatch, strategy):
+    if strategy.name == "autopeft":
+        pytest.importorskip("botorch")
     seen = count_trainings(world[0], monkeypatch)
     whole = search(world, strategy)
     n = len(seen)
@@ -205,3 +209,40 @@ def test_random_search_from_files_to_an_adapter(tmp_path: Path) -> None:
     table = (result.path / "report" / "tables" / "trials.csv").read_text().splitlines()
     assert len(table) == 4
     assert "3 placements" in (result.path / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_autopeft_from_the_command_line_to_another_point_of_its_front(tmp_path: Path) -> None:
+    pytest.importorskip("botorch")
+    rows = [{"text": f"w{i % 11} w{20 + i % 2} w{i % 3}", "label": "ab"[i % 2]} for i in range(60)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "method": "autopeft",
+        "kinds": "serial_adapter,parallel_adapter,prefix",
+        "train": {"epochs": 1, "lr": 5e-3, "batch_size": 16},
+        "black_box": {"n_trials": 5, "initial": 3, "batch": 2, "fidelity": 0.5},
+        "device": "cpu",
+    }
+    model = str(save_tiny_model(tmp_path / "bert", "bert", head="base"))
+    flat = [f"{k}={v}" for k, v in _flat(model, tmp_path, settings).items()]
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as left:
+        main(["search", *flat, "budget=1200", f"output={folder}"])
+    assert not left.value.code
+    best = Placement.from_dict(json.loads((folder / "best" / "arch.json").read_text()))
+    assert cost(best, "parameters") <= 1200
+    history = json.loads((folder / "history.json").read_text())
+    assert len(history["trials"]) == len(history["hypervolume"]) == 5
+    assert all(0 < t["cost"] <= 1200 for t in history["trials"])
+    slots = {slot.id: slot for slot in Placement.from_dict(history["space"])}
+    trial = history["trials"][history["pareto"][-1] - 1]
+    placement = Placement({slots[i]: size for i, size in trial["sizes"].items()})
+    assert placement.digest == trial["placement"]
+    (tmp_path / "cheap.json").write_text(json.dumps(placement.to_dict()))
+    again = tmp_path / "again"
+    flat = [f for f in flat if not f.startswith(("black_box", "method", "kinds"))]
+    with pytest.raises(SystemExit) as left:
+        main(["train", *flat, f"arch={tmp_path / 'cheap.json'}", f"output={again}"])
+    assert not left.value.code
+    kept = json.loads((again / "best" / "arch.json").read_text())
+    assert Placement.from_dict(kept) == placement

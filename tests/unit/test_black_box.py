@@ -18,9 +18,9 @@ from prunepeft.evaluate import Tried
 from prunepeft.kinds import cost, slot_cost
 from prunepeft.space import Placement, SearchSpace, Site, Slot
 from prunepeft.strategies import BlackBox, Evolution, Problem, RandomSearch, SuccessiveHalving
-from prunepeft.strategies.black_box import History, Trial
 from prunepeft.strategies.choices import Choices
 from prunepeft.strategies.evolution import mutate
+from prunepeft.strategies.history import History, Trial
 from prunepeft.strategies.make import make_strategy
 
 METHODS = (RandomSearch, SuccessiveHalving, Evolution)
@@ -181,7 +181,8 @@ def test_same_seed_same_search_and_history_is_json(method):
     assert json.loads(json.dumps(first.history)) == second.history
     assert sizes_of(first) == sizes_of(second) != sizes_of(other)
     assert first.placement == second.placement
-    assert first.runs == len(first.history["trials"]) == first.seconds
+    assert first.runs == len(first.history["trials"])
+    assert first.runs < first.seconds < first.runs + 60  # a second a trial, and what proposing took
     assert len({seed for _, seed in make_calls(method)}) == 1
 
 
@@ -207,6 +208,17 @@ def test_if_all_fail_the_search_fails():
     evaluator = MockEvaluator(fails=range(100))
     with pytest.raises(StateError, match="all 4 trials failed; the last one with: StateError"):
         RandomSearch(n_trials=4).search(make_problem(evaluator=evaluator))
+
+
+def test_a_method_that_proposes_nothing_is_told():
+    class Silent(RandomSearch):
+        name = "silent"
+
+        def propose(self, history, n, generator):
+            return []
+
+    with pytest.raises(StateError, match="method silent proposed no placement"):
+        Silent().search(make_problem())
 
 
 def test_an_error_that_is_raised_is_not_swallowed():

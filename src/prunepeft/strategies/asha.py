@@ -8,7 +8,8 @@ import torch
 from prunepeft.budget import Fidelity
 from prunepeft.space import Placement
 from prunepeft.strategies.base import Problem
-from prunepeft.strategies.black_box import BlackBox, History, Stages, at_least, decoded
+from prunepeft.strategies.black_box import BlackBox, Stages, at_least, decoded
+from prunepeft.strategies.history import History
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class SuccessiveHalving(BlackBox):
     References:
         Jamieson and Talwalkar, 2016, arXiv 1502.07943 (successive halving); Li et al., 2020, ASHA,
         arXiv 1810.05934, algorithm 1. Differs from ASHA: a rung is finished before the next one
-        starts, since trials run one after the other; nobody is promoted on a half-filled rung.
+        starts, so that the result does not depend on which trial ends first; nobody is promoted on
+        a half-filled rung.
     """
 
     name: ClassVar[str] = "asha"

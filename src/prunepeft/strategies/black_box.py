@@ -4,112 +4,26 @@ A strategy says which placements to try next, and nothing else; one loop runs th
 them, goes on when one fails, and ends at the number of trials or of optimiser steps.
 """
 
+import contextlib
+import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
+from prunepeft.backends.base import Batch
 from prunepeft.budget import Fidelity
 from prunepeft.errors import BudgetError, ConfigError, StateError
-from prunepeft.space import Placement
+from prunepeft.evaluate import Tried
+from prunepeft.space import Placement, SearchSpace
 from prunepeft.strategies.base import Problem, SearchResult, Strategy
-from prunepeft.strategies.choices import Choices, Vector
+from prunepeft.strategies.choices import Choices, Coding, Vector
+from prunepeft.strategies.history import History, Trial
 from prunepeft.training import derive_seed
 
 Stages = tuple[tuple[int, Fidelity], ...]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One placement that was tried.
-
-    Attributes:
-        number: From 1, in the order of the search.
-        stage: Index of the stage it belongs to.
-        placement: What was trained.
-        vector: The same as choices.
-        cost: In the unit of the budget.
-        fidelity: Share of the rows, and passes over them.
-        metric: Validation metric at the end; None if the trial failed.
-        error: Why it failed.
-        seconds, steps: What it took.
-    """
-
-    number: int
-    stage: int
-    placement: Placement
-    vector: Vector
-    cost: int
-    fidelity: Fidelity
-    metric: float | None
-    error: str = ""
-    seconds: float = 0.0
-    steps: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "number": self.number,
-            "stage": self.stage,
-            "placement": self.placement.digest,
-            "sizes": {slot.id: size for slot, size in self.placement.sizes.items()},
-            "cost": self.cost,
-            "fidelity": asdict(self.fidelity),
-            "status": "ok" if self.metric is not None else "failed",
-            "metric": self.metric,
-            "error": self.error,
-            "seconds": self.seconds,
-            "steps": self.steps,
-        }
-
-
-@dataclass(frozen=True)
-class History:
-    """All that a proposal may depend on.
-
-    Attributes:
-        choices: The placements within the budget.
-        greater_is_better: Direction of the metric.
-        trials: All trials so far, in order.
-        stage: Index of the stage that is under way.
-    """
-
-    choices: Choices
-    greater_is_better: bool = True
-    trials: tuple[Trial, ...] = ()
-    stage: int = 0
-
-    def at(self, stage: int) -> list[Trial]:
-        """Trials of a stage, in order."""
-        return [t for t in self.trials if t.stage == stage]
-
-    def known(self) -> set[Vector]:
-        """Vectors of the placements that were tried."""
-        return {t.vector for t in self.trials}
-
-    def best_first(self, trials: Iterable[Trial]) -> list[Trial]:
-        """Those that did not fail, best metric first; ties: cheaper, then earlier."""
-        sign = -1 if self.greater_is_better else 1
-        done = [t for t in trials if t.metric is not None]
-        return sorted(done, key=lambda t: (sign * t.metric, t.cost, t.number))
-
-    def judged(self) -> list[Trial]:
-        """Trials of the last stage in which one succeeded, best first.
-
-        Metrics of different fidelities do not compare.
-        """
-        last = max((t.stage for t in self.trials if t.metric is not None), default=0)
-        return self.best_first(self.at(last))
-
-    def front(self) -> list[Trial]:
-        """Of those, the ones that none beats in metric and cost; best metric first."""
-        front: list[Trial] = []
-        for trial in self.judged():
-            if not front or trial.cost < front[-1].cost:
-                front.append(trial)
-        return front
 
 
 @dataclass(frozen=True)
@@ -127,6 +41,7 @@ class BlackBox(Strategy):
     """
 
     section: ClassVar[str] = "black_box"
+    has_trials: ClassVar[bool] = True
 
     n_trials: int = 27
     fidelity: float = 1.0
@@ -154,9 +69,21 @@ class BlackBox(Strategy):
         """How many trials of which fidelity, one stage after the other."""
         return ((self.n_trials, Fidelity(self.fidelity, self.epochs)),)
 
+    def candidates(self, problem: Problem) -> SearchSpace:
+        """The slots and sizes that are searched: those that were asked for."""
+        return problem.space
+
+    def widened(self, problem: Problem) -> Problem:
+        """The problem with `candidates` for its space."""
+        return replace(problem, space=self.candidates(problem))
+
+    def choices(self, problem: Problem) -> Coding:
+        """How the placements of the problem's space are coded: slot by slot."""
+        return Choices.of(problem.space, problem.limit, problem.unit)
+
     def check(self, problem: Problem) -> None:
         """See `Strategy.check`: the budget, and steps for one trial at least."""
-        problem.check(smallest=True)
+        self.widened(problem).check(smallest=True)
         need = min(problem.n_steps(fidelity) for _, fidelity in self.stages(problem))
         if self.max_steps is not None and need > self.max_steps:
             raise ConfigError(
@@ -171,13 +98,15 @@ class BlackBox(Strategy):
             StateError: if every trial failed.
         """
         self.check(problem)
+        problem = self.widened(problem)
         full = problem.space.full()
-        choices = Choices.of(problem.space, problem.limit, problem.unit)
-        history = History(choices, problem.greater_is_better)
+        history = History(self.choices(problem), problem.greater_is_better)
         result = SearchResult(full)
         if problem.cost(full) > problem.limit:
             for stage, (n, fidelity) in enumerate(self.stages(problem)):
                 history = self._stage(problem, replace(history, stage=stage), n, fidelity, result)
+            if not history.trials:
+                raise StateError(f"method {self.name} proposed no placement to try.")
             if not history.judged():
                 raise StateError(
                     f"all {len(history.trials)} trials failed; the last one with: "
@@ -194,14 +123,12 @@ class BlackBox(Strategy):
         while (missing := n - len(history.at(history.stage))) > 0:
             seed = derive_seed(problem.seed, self.name, len(history.trials))
             generator = torch.Generator().manual_seed(seed)
+            began = time.perf_counter()
             proposed = self.propose(history, missing, generator)[:missing]
-            for placement in proposed:
-                steps = result.steps + problem.n_steps(fidelity)
-                if self.max_steps is not None and steps > self.max_steps:
-                    return history
-                trial = self._try(problem, history, placement, fidelity, result)
-                history = replace(history, trials=(*history.trials, trial))
-            if not proposed:
+            result.seconds += time.perf_counter() - began
+            before = len(history.trials)
+            history = self._try(problem, history, proposed, fidelity, result)
+            if not proposed or len(history.trials) < before + len(proposed):
                 break
         return history
 
@@ -209,38 +136,56 @@ class BlackBox(Strategy):
         self,
         problem: Problem,
         history: History,
-        placement: Placement,
+        placements: Sequence[Placement],
         fidelity: Fidelity,
         result: SearchResult,
-    ) -> Trial:
-        """Run one trial and count its cost."""
+    ) -> History:
+        """Run trials, side by side where the backend can, and count their cost."""
+        for placement in placements:
+            self._check_proposal(problem, placement)
+        first, steps = len(history.trials) + 1, problem.n_steps(fidelity)
+        if self.max_steps is not None:
+            placements = placements[: max(0, self.max_steps - result.steps) // steps]
+        batch = Batch(
+            placements,
+            names=[f"trial {first + i}" for i in range(len(placements))],
+            fidelity=fidelity,
+            seed=derive_seed(problem.seed, "trial"),
+            steps=steps,
+        )
+        with contextlib.closing(problem.backend.trials(problem.evaluator, batch)) as tries:
+            for placement in placements:
+                if self.max_steps is not None and result.steps + steps > self.max_steps:
+                    break
+                history = self._count(problem, history, placement, fidelity, next(tries), result)
+        return history
+
+    def _count(
+        self,
+        problem: Problem,
+        history: History,
+        placement: Placement,
+        fidelity: Fidelity,
+        tried: Tried,
+        result: SearchResult,
+    ) -> History:
+        """Add a trial to the history, and its cost to that of the search."""
+        result.add(tried)
+        metric = None if tried.error else tried.metrics[problem.metric]
         number, cost = len(history.trials) + 1, problem.cost(placement)
+        problem.on_event("trial", number=number, metric=metric, cost=cost, error=tried.error)
+        vector = history.choices.encode(placement)
+        taken = (tried.error, tried.seconds, tried.steps)
+        trial = Trial(number, history.stage, placement, vector, cost, fidelity, metric, *taken)
+        return replace(history, trials=(*history.trials, trial))
+
+    def _check_proposal(self, problem: Problem, placement: Placement) -> None:
+        cost = problem.cost(placement)
         if not len(placement) or cost > problem.limit:
             raise BudgetError(
                 f"method {self.name} proposed {len(placement)} modules of {cost:,} {problem.unit}; "
                 f"it must propose at least one, within the budget of {problem.limit:,}."
             )
-        tried = problem.evaluator.trial(
-            placement,
-            name=f"trial {number}",
-            fidelity=fidelity,
-            seed=derive_seed(problem.seed, "trial"),
-        )
-        result.add(tried)
-        metric = None if tried.error else tried.metrics[problem.metric]
-        problem.on_event("trial", number=number, metric=metric, cost=cost, error=tried.error)
-        return Trial(
-            number,
-            history.stage,
-            placement,
-            history.choices.encode(placement),
-            cost,
-            fidelity,
-            metric,
-            tried.error,
-            tried.seconds,
-            tried.steps,
-        )
 
     def _record(self, problem: Problem, history: History) -> dict[str, Any]:
         """What a report needs, as plain JSON values."""
@@ -263,7 +208,7 @@ class BlackBox(Strategy):
         }
 
 
-def decoded(choices: Choices, vectors: Sequence[Vector]) -> list[Placement]:
+def decoded(choices: Coding, vectors: Sequence[Vector]) -> list[Placement]:
     """Placements of these vectors."""
     return [choices.decode(vector) for vector in vectors]
 

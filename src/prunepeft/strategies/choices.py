@@ -2,14 +2,39 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from prunepeft.kinds import slot_cost
 from prunepeft.space import Placement, SearchSpace, Slot
 
-Vector = tuple[int, ...]  # for each slot 0 (no module) or 1 + index of its size
+Vector = tuple[int, ...]  # of `Choices`: for each slot 0 (no module) or 1 + index of its size
 MAX_DRAWS = 100
+
+
+class Coding(Protocol):
+    """Placements within a budget as vectors.
+
+    Attributes:
+        slots: The candidates.
+        limit: What a placement may cost.
+    """
+
+    slots: tuple[Slot, ...]
+    limit: int
+
+    def cost(self, vector: Sequence[int]) -> int:
+        """What a vector costs."""
+
+    def decode(self, vector: Vector) -> Placement:
+        """The placement of a vector."""
+
+    def encode(self, placement: Placement) -> Vector:
+        """The vector of a placement."""
+
+    def draw_new(self, n: int, known: set[Vector], generator: torch.Generator) -> list[Vector]:
+        """Up to `n` random vectors that are neither known nor equal; fewer if none is found."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 
 from prunepeft.space import Placement
-from prunepeft.strategies.black_box import BlackBox, History, Trial, at_least, decoded
+from prunepeft.strategies.black_box import BlackBox, at_least, decoded
 from prunepeft.strategies.choices import MAX_DRAWS, Choices, Vector
+from prunepeft.strategies.history import History, Trial
 
 
 @dataclass(frozen=True)

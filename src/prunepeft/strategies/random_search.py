@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 
 from prunepeft.space import Placement
-from prunepeft.strategies.black_box import BlackBox, History, decoded
+from prunepeft.strategies.black_box import BlackBox, decoded
+from prunepeft.strategies.history import History
 
 
 @dataclass(frozen=True)
