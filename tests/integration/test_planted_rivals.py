@@ -1,4 +1,4 @@
-"""Where half of the modules cannot matter, S-MaM and S3Delta keep the others, and replay it."""
+"""Where half of the modules cannot matter, S-MaM, S3Delta and BIPEFT keep the others."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,14 @@ import pytest
 from prunepeft import trainer_evaluator
 from prunepeft.brief_training import train_briefly
 from prunepeft.budget import Fidelity
-from prunepeft.strategies import Problem, S3Delta, SearchResult, SMam, Strategy
+from prunepeft.strategies import Bipeft, Problem, S3Delta, SearchResult, SMam, Strategy
 from tests.integration.test_planted import TWO_PER_LAYER, make_world
 
-METHODS = {"smam": (SMam(rounds=2), 2, 1e-2), "s3delta": (S3Delta(), 8, 3e-3)}
+METHODS = {
+    "smam": (SMam(rounds=2), 2, 1e-2),
+    "s3delta": (S3Delta(), 8, 3e-3),
+    "bipeft": (Bipeft(), 8, 3e-3),
+}
 
 
 def n_useless_kept(name: str, seed: int, folder: Path, unit: str) -> tuple[int, int]:
@@ -34,8 +38,11 @@ def test_useful_modules_are_found_in_most_seeds(name: str, tmp_path: Path) -> No
     assert sum(useless for useless, _ in found) <= 0.25 * sum(n for _, n in found)
 
 
-def test_ranks_of_useful_modules_stay_under_a_budget_in_parameters(tmp_path: Path) -> None:
-    assert n_useless_kept("smam", 0, tmp_path, "parameters")[0] == 0
+@pytest.mark.parametrize("name", ["smam", pytest.param("bipeft", marks=pytest.mark.slow)])
+def test_ranks_of_useful_modules_stay_under_a_budget_in_parameters(
+    name: str, tmp_path: Path
+) -> None:
+    assert n_useless_kept(name, 0, tmp_path, "parameters")[0] == 0
 
 
 def stopping(patch: pytest.MonkeyPatch, after: int) -> None:
@@ -50,7 +57,7 @@ def stopping(patch: pytest.MonkeyPatch, after: int) -> None:
     patch.setattr(trainer_evaluator, "train_briefly", watched)
 
 
-@pytest.mark.parametrize("method", [SMam(rounds=2), S3Delta()], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [SMam(rounds=2), S3Delta(), Bipeft()], ids=lambda m: m.name)
 def test_a_search_that_was_stopped_goes_on_to_the_same_result(
     method: Strategy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

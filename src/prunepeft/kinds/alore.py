@@ -48,6 +48,7 @@ class Alore(Kind):
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("o",), ("down",))
     mergeable: ClassVar[bool] = True
     shrink_axes: ClassVar[Mapping[str, int]] = {"U": 2, "V": 1}
+    rank_gates: ClassVar[tuple[str, ...]] = ("U",)
     formula: ClassVar[str] = "n^3 + 2 R d"
 
     experts: int = 4

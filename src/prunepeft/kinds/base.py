@@ -62,6 +62,8 @@ class Kind(ABC):
         roles: Default tied groups of site roles that get one slot each in every layer.
         shrink_axes: Tensor name -> axis of its rank, for kinds whose size can be cut; several
             axes, or one entry for many tensors, go with a `rank_axes` of the kind's own.
+        rank_gates: Names of tensors: a rank that is zero in these is as good as cut. One tensor for
+            each product over ranks, so that the gradient of a gate counts a product once.
         in_axes: Tensor name -> its axis along the layer's input features; {} if the module does not
             depend on how many there are. None if a tensor mixes them, so that none can be cut.
         out_axes: The same for the output features.
@@ -82,6 +84,7 @@ class Kind(ABC):
     needs_source: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     shrink_axes: ClassVar[Mapping[str, int | tuple[int, ...]]] = {}
+    rank_gates: ClassVar[tuple[str, ...]] = ()
     in_axes: ClassVar[Mapping[str, int] | None] = None
     out_axes: ClassVar[Mapping[str, int] | None] = None
     home: ClassVar[str] = "a linear layer"
@@ -161,6 +164,15 @@ class Kind(ABC):
             for axis in self.rank_axes(name, params[name]):
                 cut[name] = cut[name].index_select(axis, keep.to(cut[name].device))
         return cut
+
+    def gated(self, params: Params, gates: Tensor) -> dict[str, Tensor]:
+        """Tensors with every rank multiplied by its gate, (size,); see `rank_gates`."""
+        scaled = dict(params)
+        for name in self.rank_gates:
+            (axis,) = self.rank_axes(name, params[name])
+            by_rank = params[name].movedim(axis, -1) * gates.to(params[name])
+            scaled[name] = by_rank.movedim(-1, axis)
+        return scaled
 
     def feature_axes(self, site: Site, side: str) -> Mapping[str, int] | None:
         """`in_axes` or `out_axes` at this site, for side "in" or "out"."""

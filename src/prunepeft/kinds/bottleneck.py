@@ -40,6 +40,7 @@ class Bottleneck(Kind):
     """
 
     shrink_axes: ClassVar[Mapping[str, int]] = {"down": 0, "down_bias": 0, "up": 1}
+    rank_gates: ClassVar[tuple[str, ...]] = ("up",)
     in_axes: ClassVar[Mapping[str, int]] = {}
     formula: ClassVar[str] = "2 R d_out + R + d_out"
 

@@ -40,6 +40,7 @@ class Dora(Kind):
     )
     mergeable: ClassVar[bool] = True
     shrink_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
+    rank_gates: ClassVar[tuple[str, ...]] = ("A",)
     in_axes: ClassVar[Mapping[str, int]] = {"A": 1}
     out_axes: ClassVar[Mapping[str, int]] = {"B": 0, "magnitude": 0}
     reads_weight: ClassVar[bool] = True

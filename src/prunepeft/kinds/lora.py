@@ -40,6 +40,7 @@ class Lora(Kind):
     mergeable: ClassVar[bool] = True
     servable: ClassVar[bool] = True
     shrink_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
+    rank_gates: ClassVar[tuple[str, ...]] = ("A",)
     in_axes: ClassVar[Mapping[str, int]] = {"A": 1}
     out_axes: ClassVar[Mapping[str, int]] = {"B": 0}
     formula: ClassVar[str] = "R (d_in + d_out)"

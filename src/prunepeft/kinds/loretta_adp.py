@@ -48,6 +48,7 @@ class LorettaAdp(SerialAdapter):
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("o",), ("down",))
     max_default_size: ClassVar[int] = 8  # the cores grow with its square
     shrink_axes: ClassVar[Mapping[str, tuple[int, ...]]] = {"down": (0, 2), "up": (0, 2)}
+    rank_gates: ClassVar[tuple[str, ...]] = ()
     formula: ClassVar[str] = "2 TT(d_out, bottleneck) + bottleneck + d_out"
 
     bottleneck: int = 64

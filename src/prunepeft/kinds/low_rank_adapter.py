@@ -43,6 +43,7 @@ class LowRankAdapter(Kind):
         "up_in": 0,
         "up_out": 1,
     }
+    rank_gates: ClassVar[tuple[str, ...]] = ("down_in", "up_in")
     in_axes: ClassVar[Mapping[str, int]] = {}
     formula: ClassVar[str] = "2 R (d_out + m) + m + d_out"
 

@@ -31,6 +31,7 @@ class Branch:
         scaling: Factor of the update, fixed at the slot's largest size.
         gate: Multiplier of its contribution; 0 hides the module. As a tensor, (), gradients reach
             it; at stage "attention" it may be one multiplier per unit, (size,), and is over 0.
+        ranks: Multipliers of its ranks, (size,), for kinds with `rank_gates`; None: all are 1.
         origin: Tensors like the module's whose contribution is taken off again, so that a module
             with these very values changes nothing. For the time of a training.
         stages: Where in the layer it acts, in order.
@@ -43,6 +44,7 @@ class Branch:
     size: int
     scaling: float
     gate: float | Tensor = 1.0
+    ranks: Tensor | None = None
     origin: Mapping[str, Tensor] | None = None
     stages: tuple[str, ...] = field(init=False)
     tensors: tuple[str, ...] = field(init=False)
@@ -54,7 +56,7 @@ class Branch:
     @property
     def is_gated(self) -> bool:
         """Whether the gate may change anything; a tensor is not read, which would wait for it."""
-        return isinstance(self.gate, Tensor) or self.gate != 1.0
+        return isinstance(self.gate, Tensor) or self.gate != 1.0 or self.ranks is not None
 
 
 class UnionLayer(nn.Module, BaseTunerLayer):
@@ -206,6 +208,8 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         self, adapter: str, branch: Branch, stage: str, x: Tensor, y: Tensor
     ) -> Tensor:
         params = self.params(adapter, branch.kind.name)
+        if branch.ranks is not None:
+            params = branch.kind.gated(params, branch.ranks)
         dtype = next(iter(params.values())).dtype
         out_dtype = y.dtype
         if dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
