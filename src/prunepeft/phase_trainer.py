@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from prunepeft.criteria.record import Recorder
 from prunepeft.progress import Progress
+from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.tasks.base import IGNORED
 
 
@@ -18,6 +19,9 @@ class PhaseTrainer(Trainer):
 
     A step may be cut over micro-batches and processes. Models return the mean over a piece, so each
     piece counts by its share of the labels, as if the step had been one batch.
+
+    Batch normalisation keeps the statistics of the base model, which is frozen: no training leaves
+    a trace in it, and none depends on those before it.
     """
 
     def __init__(
@@ -28,6 +32,8 @@ class PhaseTrainer(Trainer):
         self._pieces = pieces
         # Else the Trainer counts no labels, or divides the loss by the number of pieces once more.
         self.model_accepts_loss_kwargs = True
+        norms = nn.modules.batchnorm._BatchNorm
+        self._held = [m for m in self.model.modules() if isinstance(m, norms)]
 
     def get_train_dataloader(self) -> DataLoader:
         rows = self.train_dataset
@@ -53,6 +59,8 @@ class PhaseTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The piece's part of the step's loss; in evaluation the mean over the batch."""
+        for module in self._held:
+            module.eval()
         outputs = model(**inputs)
         loss = outputs["loss"]
         if model.training and num_items_in_batch is not None:
@@ -85,12 +93,24 @@ class _EqualWidths:
 
 
 class PhaseCallback(TrainerCallback):
-    """Records gradients before they are clipped, clips them, and reports progress."""
+    """Records gradients before they are clipped, clips them, and reports progress.
 
-    def __init__(self, recorder: Recorder | None, max_grad_norm: float, progress: Progress) -> None:
+    With sparse tuning in the place of a recorder, some layers train in each step.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder | SparseTuning | None,
+        max_grad_norm: float,
+        progress: Progress,
+    ) -> None:
         self.recorder = recorder
         self.max_grad_norm = max_grad_norm
         self.progress = progress
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if isinstance(self.recorder, SparseTuning):
+            self.recorder.begin_step(optimizer)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.recorder is not None:
@@ -101,6 +121,10 @@ class PhaseCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.advance(1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if isinstance(self.recorder, SparseTuning):
+            self.recorder.restore()
 
 
 def _n_labels(labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from prunepeft.errors import CheckpointError
+from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.state import read_tensors
 from prunepeft.supernet import load_trainable_state, trainable_state
 from prunepeft.train_state import load_train_state, save_train_state
@@ -26,6 +27,7 @@ class Resumable:
         file: Where it is saved.
         metric: What decides which epoch is best.
         greater_is_better: Direction of the metric.
+        tuning: What chooses the layers that train, if not all do.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class Resumable:
         file: Path,
         metric: str,
         greater_is_better: bool,
+        tuning: SparseTuning | None = None,
     ) -> None:
         self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
-        self.file = file
+        self.file, self.tuning = file, tuning
         self.metric = metric
         self.sign = 1 if greater_is_better else -1
         self.curve: list[dict[str, float]] = []
@@ -75,6 +78,8 @@ class Resumable:
             "best_metrics": self.best_metrics,
             "cost": self.cost,
         }
+        if self.tuning is not None:
+            extra["ist"] = self.tuning.state_dict()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         save_train_state(
             self.file,
@@ -106,6 +111,8 @@ class Resumable:
         self.best_epoch = saved.extra["best_epoch"]
         self.best_metrics = saved.extra["best_metrics"]
         self.cost = saved.extra["cost"]
+        if self.tuning is not None:
+            self.tuning.load_state_dict(saved.extra["ist"])
         logger.info("training goes on after epoch %d", saved.epoch)
         return saved.epoch
 

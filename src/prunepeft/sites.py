@@ -63,6 +63,21 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     return sites
 
 
+def find_layers(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """Path of every block that `find_sites` looks into -> (stack, number of the layer in it).
+
+    Unlike there, the model may carry adapters.
+    """
+    done = Counter[str]()
+    layers: dict[str, tuple[str, int]] = {}
+    for blocks in _known_blocks(model) or _repeated_blocks(model):
+        stack = blocks.stack.stack
+        for index in range(len(blocks.modules)):
+            layers[f"{blocks.path}.{index}".lstrip(".")] = (stack, done[stack])
+            done[stack] += 1
+    return layers
+
+
 def describe_sites(sites: Sequence[Site]) -> str:
     """Return an aligned text table of sites, one row per name with the layers that have it."""
     rows: dict[tuple[str, ...], list[int]] = {}

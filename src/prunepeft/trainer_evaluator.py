@@ -1,24 +1,31 @@
 """Evaluator that trains with the transformers Trainer on one base model, loaded once."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
 
 from prunepeft.brief_training import cost_of, measure_briefly, rows_at, train_briefly
 from prunepeft.budget import Fidelity
+from prunepeft.calibration import BasePasses
 from prunepeft.criteria.watch import SaliencyWatcher
+from prunepeft.errors import StateError
 from prunepeft.evaluate import Outcome, Scored, Target, Tried, Watched, Watcher
-from prunepeft.resumable import Resumable
+from prunepeft.full_training import first_seed, outcome_of, train_fully
+from prunepeft.probes import Probe
 from prunepeft.space import Placement
+from prunepeft.sparse_tuning import IstSettings
 from prunepeft.state import Journal, call_key
 from prunepeft.structured.cut import Cut
 from prunepeft.structured.groups import find_groups
-from prunepeft.supernet import attach, detach, load_trainable_state, n_trainable, trainable_state
+from prunepeft.supernet import attach, detach, load_trainable_state, trainable_state
 from prunepeft.takeover import cut_and_keep, cut_and_merge
-from prunepeft.training import Phases, derive_seed, make_optimizer, make_scheduler, n_steps
+from prunepeft.training import Phases, derive_seed
+from prunepeft.trial_cache import TrialCache
 from prunepeft.trials import FOUND, Trials
 
 
@@ -36,6 +43,7 @@ class TrainerEvaluator:
         state_dir: Where a training under way is kept.
         writes: Whether this process writes (the main one does).
         on_event: Told of each epoch.
+        cache: Trials that runs share.
     """
 
     def __init__(
@@ -48,11 +56,12 @@ class TrainerEvaluator:
         *,
         writes: bool = True,
         on_event: Callable[..., None] = lambda kind, **fields: None,
+        cache: TrialCache | None = None,
     ) -> None:
         self.model = model
         self.phases = phases
         self.target = target
-        self.trials = Trials(journal, target.context, writes=writes)
+        self.trials = Trials(journal, target.context, writes=writes, cache=cache)
         self.state_dir = state_dir
         self.writes = writes
         self.on_event = on_event
@@ -78,16 +87,15 @@ class TrainerEvaluator:
         if (found := self.trials.find(key)) is not None:
             return Scored(**found)
         rows = rows_at(self.phases, self.target, fidelity, seed)
-        net = self.attach(placement, init_seed)
-        if start:
-            load_trainable_state(net, self.trials.weights(start), strict=False)
         watcher = SaliencyWatcher(criteria)
-        logs, _ = train_briefly(
-            net, self.phases, self.target, rows, fidelity.epochs, name, seed, watcher
-        )
+        with self._attached(placement, init_seed) as net:
+            if start:
+                load_trainable_state(net, self.trials.weights(start), strict=False)
+            logs, _ = train_briefly(
+                net, self.phases, self.target, rows, fidelity.epochs, name, seed, watcher
+            )
+            tensors = trainable_state(net) if keep else None
         result = Scored(saliency=watcher.saliency, key=key, **cost_of(logs, rows))
-        tensors = trainable_state(net) if keep else None
-        detach(net)
         result = self.trials.keep(key, call, result, tensors)
         self.phases.progress.finish(f"loss {result.loss:.3f}")
         return result
@@ -110,34 +118,73 @@ class TrainerEvaluator:
         cost = self.trials.find(key)
         if cost is None:
             rows = rows_at(self.phases, self.target, fidelity, seed)
-            net = self.attach(placement, init_seed)
-            logs, found = train_briefly(
-                net, self.phases, self.target, rows, fidelity.epochs, name, seed, watcher
-            )
-            tensors = {FOUND + n: t for n, t in found.items()} | trainable_state(net)
-            detach(net)
+            with self._attached(placement, init_seed) as net:
+                logs, found = train_briefly(
+                    net, self.phases, self.target, rows, fidelity.epochs, name, seed, watcher
+                )
+                tensors = {FOUND + n: t for n, t in found.items()} | trainable_state(net)
             cost = self.trials.keep(key, call, {"key": key, **cost_of(logs, rows)}, tensors)
             self.phases.progress.finish(f"loss {cost['loss']:.3f}")
         return Watched(tensors=self.trials.found(key), **cost)
 
+    def calibrate(self, probe: Probe, *, name: str, fidelity: Fidelity, seed: int) -> Watched:
+        """See `Evaluator.calibrate`."""
+        call = self.trials.call("calibrate", Placement(), probe=probe.config)
+        call |= {"fidelity": asdict(fidelity), "seed": seed}
+        key = call_key(call)
+        cost = self.trials.find(key)
+        if cost is None:
+            rows = rows_at(self.phases, self.target, fidelity, seed)
+            passes = BasePasses(
+                self.model, self.phases, self.target, rows, fidelity.epochs, name, seed
+            )
+            found, spent = passes.run(probe)
+            tensors = {FOUND + n: t for n, t in found.items()}
+            cost = self.trials.keep(key, call, {"key": key, **spent}, tensors)
+            self.phases.progress.finish(f"{cost['steps']} steps")
+        return Watched(tensors=self.trials.found(key), **cost)
+
     def trial(self, placement: Placement, *, name: str, fidelity: Fidelity, seed: int) -> Tried:
         """See `Evaluator.trial`."""
-        call = self.trials.call("trial", placement, fidelity=asdict(fidelity), seed=seed)
-        key = call_key(call)
-        if (found := self.trials.find(key)) is not None:
-            return Tried(**found)
+        if (kept := self.find_trial(placement, fidelity=fidelity, seed=seed)) is not None:
+            return kept
+        key = call_key(self._trial(placement, fidelity, seed))
         rows = rows_at(self.phases, self.target, fidelity, seed)
-        net = self.attach(placement, derive_seed(seed, "trial-init"))
-        try:
+        with self._attached(placement, derive_seed(seed, "trial-init")) as net:
             found = measure_briefly(
                 net, self.phases, self.target, rows, fidelity.epochs, name, seed
             )
-        finally:
-            detach(net)
-        result = self.trials.keep(key, call, Tried(key=key, **found))
+        tried = Tried(key=key, **found)
+        result = self.keep_trial(placement, tried, fidelity=fidelity, seed=seed)
         metric = self.target.metric
         self.phases.progress.finish(result.error or f"{metric} {result.metrics[metric]:.4f}")
         return result
+
+    def find_trial(self, placement: Placement, *, fidelity: Fidelity, seed: int) -> Tried | None:
+        """The result of a trial that was run before, here or in a run that shares its trials."""
+        call = self._trial(placement, fidelity, seed)
+        found = self.trials.find_trial(call_key(call), call)
+        return None if found is None else Tried(**found)
+
+    def keep_trial(
+        self, placement: Placement, tried: Tried, *, fidelity: Fidelity, seed: int
+    ) -> Tried:
+        """Keep the result of a trial, wherever it was run.
+
+        Raises:
+            StateError: if it was run on another model, other data or other settings.
+        """
+        call = self._trial(placement, fidelity, seed)
+        key = call_key(call)
+        if tried.key not in ("", key):  # none if no worker lived to give it
+            raise StateError(
+                "a worker trains on another model or other data than the main process; they must "
+                "be the same on every machine, and stay as they are while a search runs."
+            )
+        return self.trials.keep_trial(key, call, replace(tried, key=key))
+
+    def _trial(self, placement: Placement, fidelity: Fidelity, seed: int) -> dict[str, Any]:
+        return self.trials.call("trial", placement, fidelity=asdict(fidelity), seed=seed)
 
     def carry(
         self,
@@ -172,6 +219,7 @@ class TrainerEvaluator:
         seed: int,
         lr: float | None = None,
         start: str = "",
+        ist: IstSettings | None = None,
     ) -> Outcome:
         """Train a placement for all epochs; the best epoch is kept.
 
@@ -181,37 +229,37 @@ class TrainerEvaluator:
             seed: First values, order and dropout.
             lr: Learning rate instead of the settings'.
             start: Key of weights to go on from, instead of first values.
+            ist: Train a few layers in each step; None trains all.
         """
         lr = self.phases.settings.lr if lr is None else lr
         epochs = self.phases.settings.epochs
         call = self.trials.call("train", placement, seed=seed, lr=lr, epochs=epochs)
-        call |= {"start": start} if start else {}
+        call |= ({"start": start} if start else {}) | ({"ist": asdict(ist)} if ist else {})
         key = call_key(call)
         if (found := self.trials.find(key)) is not None:
             if self.writes:  # a run killed after its entry was written still has its state
                 self._state_file(key).unlink(missing_ok=True)
             return Outcome(**found)
-        net = self.attach(placement, derive_seed(seed, "train-init"))
-        if start:
-            load_trainable_state(net, self.trials.weights(start))
-        run = self._train(net, key, name, seed, lr)
-        own, head = n_trainable(net)
-        detach(net)
-        result = Outcome(
-            metrics=run.best_metrics,
-            best_epoch=run.best_epoch,
-            curve=run.curve,
-            n_params=own,
-            head_params=head,
-            key=key,
-            **run.cost,
-        )
-        result = self.trials.keep(key, call, result, run.best)
+        with self._attached(placement, first_seed(seed)) as net:
+            if start:
+                load_trainable_state(net, self.trials.weights(start))
+            run = train_fully(
+                net,
+                self.phases,
+                self.target,
+                self._state_file(key),
+                name,
+                seed=seed,
+                lr=lr,
+                ist=ist,
+                writes=self.writes,
+                on_event=self.on_event,
+            )
+            result = self.trials.keep(key, call, outcome_of(run, net, key), run.best)
         if self.writes:
             run.clear()
-        self.phases.progress.finish(
-            f"{self.target.metric} {result.metrics[self.target.metric]:.4f}"
-        )
+        metric = self.target.metric
+        self.phases.progress.finish(f"{metric} {result.metrics[metric]:.4f}")
         return result
 
     def weights(self, outcome: Outcome) -> dict[str, Tensor]:
@@ -233,23 +281,14 @@ class TrainerEvaluator:
             load_trainable_state(net, weights)
         return net
 
-    def _train(self, net: PeftModel, key: str, name: str, seed: int, lr: float) -> Resumable:
-        settings, target, rows = self.phases.settings, self.target, self.phases.train
-        steps = n_steps(len(rows), settings.batch_size)
-        optimizer = make_optimizer(net, settings, lr)
-        scheduler = make_scheduler(optimizer, settings, steps * settings.epochs)
-        file = self._state_file(key)
-        run = Resumable(net, optimizer, scheduler, file, target.metric, target.greater_is_better)
-        done = run.load()
-        self.phases.progress.start(name, steps * (settings.epochs - done))
-        for epoch in range(done + 1, settings.epochs + 1):
-            phase_seed = derive_seed(seed, "train", epoch)
-            log = self.phases.run(net, rows, optimizer, scheduler, phase_seed)
-            entry = run.after_epoch(epoch, log, self.phases.evaluate(net))
-            self.on_event("epoch", name=name, **entry)
-            if self.writes:
-                run.save(epoch)
-        return run
+    @contextlib.contextmanager
+    def _attached(self, placement: Placement, seed: int) -> Iterator[PeftModel]:
+        """`attach`, and all is off again afterwards, after an error too."""
+        net = self.attach(placement, seed)
+        try:
+            yield net
+        finally:
+            detach(net)
 
     def _state_file(self, key: str) -> Path:
         return self.state_dir / f"train-{key}.safetensors"

@@ -5,6 +5,7 @@ equals training that never stopped. Modules are pruned between phases, never ins
 what data parallel needs.
 """
 
+import copy
 import hashlib
 import itertools
 import logging
@@ -29,6 +30,7 @@ from prunepeft.errors import ConfigError, OutOfMemoryError, StateError
 from prunepeft.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from prunepeft.phase_trainer import PhaseCallback, PhaseTrainer
 from prunepeft.progress import Progress
+from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.supernet import slot_parameters
 
 logger = logging.getLogger(__name__)
@@ -143,12 +145,13 @@ class Phases:
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         seed: int,
-        recorder: Recorder | None = None,
+        recorder: Recorder | SparseTuning | None = None,
     ) -> PhaseLog:
         """Train one epoch over `rows`; on lack of memory, again with half the micro-batch."""
         self.pieces = max(self.pieces, self.settings.gradient_accumulation)
-        start = {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}
-        before = (_copy_state(optimizer.state_dict()), scheduler.state_dict())
+        learns = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        start = {n: p.detach().clone() for n, p in net.named_parameters() if id(p) in learns}
+        before = (copy.deepcopy(optimizer.state_dict()), scheduler.state_dict())
         for _ in range(MAX_HALVINGS + 1):
             try:
                 return self._run(net, rows, optimizer, scheduler, seed, recorder)
@@ -164,7 +167,7 @@ class Phases:
                 for name, parameter in net.named_parameters():
                     if name in start:
                         parameter.copy_(start[name])
-            optimizer.load_state_dict(_copy_state(before[0]))
+            optimizer.load_state_dict(copy.deepcopy(before[0]))
             scheduler.load_state_dict(before[1])
             if recorder is not None:
                 recorder.reset()
@@ -217,7 +220,8 @@ class Phases:
         return {k.removeprefix("eval_"): float(v) for k, v in kept.items()}
 
     def _trainer(self, net, seed, rows, optimizer, scheduler, recorder) -> PhaseTrainer:
-        args = self._arguments(seed)
+        args = self.arguments(seed)
+        args.ddp_find_unused_parameters = isinstance(recorder, SparseTuning)
         batches, pieces = [], 1
         if rows is not None:
             pieces = self._cuts(min(self.settings.batch_size, len(rows)), args.world_size)
@@ -247,7 +251,8 @@ class Phases:
             )
         return min(self.pieces, size // processes) * processes
 
-    def _arguments(self, seed: int) -> TrainingArguments:
+    def arguments(self, seed: int) -> TrainingArguments:
+        """Settings of the Trainer; they know the device."""
         args = TrainingArguments(
             output_dir=str(Path(tempfile.gettempdir()) / "prunepeft-trainer"),
             num_train_epochs=1,
@@ -264,7 +269,6 @@ class Phases:
             remove_unused_columns=False,
             label_names=["labels"],
             **_checkpointing(self.settings.gradient_checkpointing),
-            ddp_find_unused_parameters=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         args._n_gpu = min(args.n_gpu, 1)  # one process a device; DataParallel would copy modules
@@ -286,11 +290,3 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
         f"{name}_checkpointing": True,
         f"{name}_checkpointing_kwargs": {"use_reentrant": False},
     }
-
-
-def _copy_state(state: Any) -> Any:
-    if isinstance(state, torch.Tensor):
-        return state.clone()
-    if isinstance(state, dict):
-        return {k: _copy_state(v) for k, v in state.items()}
-    return [_copy_state(v) for v in state] if isinstance(state, list) else state

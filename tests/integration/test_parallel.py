@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from prunepeft import run
 from prunepeft.config import load_config
-from tests.integration.parallel_driver import results
+from tests.integration.parallel_driver import ist_results, results
 from tests.tiny_tokenizer import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,15 @@ SETTINGS = {
     "train.epochs": 1,
     "train.lr": 5e-3,
     "train.batch_size": 8,
+}
+BRIEF = {"smam.rounds": 2, "search.epochs": 2}
+WATCHERS = {  # method -> what it scores modules by
+    "smam": "first_order",
+    "s3delta": "gate",
+    "bipeft": "sensitivity",
+    "gora": "gora",
+    "eva": "eva",
+    "adalora": "adalora",
 }
 
 pytestmark = pytest.mark.slow
@@ -116,20 +125,35 @@ def test_the_command_finds_the_same_placement(model, data, tmp_path):
     assert not (two / ".lock").exists()
 
 
-@pytest.mark.parametrize(("method", "score"), [("smam", "first_order"), ("s3delta", "gate")])
-def test_watchers_see_whole_steps_and_parameters_of_all_processes(
-    model, data, tmp_path, method, score
-):
-    settings = SETTINGS | {"method": method, "smam.rounds": 2, "search.epochs": 2}
-    one, two = tmp_path / "one", tmp_path / "two"
-    run.search(load_config(None, (), settings | _io(model, data, one)))
-    flags = [f"{key}={value}" for key, value in (settings | _io(model, data, two)).items()]
-    done = two_processes("-m", "prunepeft", "search", *flags)
+def test_watchers_see_whole_steps_and_parameters_of_all_processes(model, data, tmp_path):
+    settings = [
+        SETTINGS | _io(model, data, tmp_path / method) | {"method": method, **BRIEF}
+        for method in WATCHERS
+    ]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    done = two_processes(str(DRIVER), model, data, str(tmp_path), "SEARCH", timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (two / "best/arch.json").read_bytes() == (one / "best/arch.json").read_bytes()
-    histories = [read(folder / "history.json") for folder in (one, two)]
-    for first, second in zip(histories[0]["rounds"], histories[1]["rounds"], strict=True):
-        assert second["saliency"][score] == pytest.approx(first["saliency"][score], rel=1e-3)
+    for (method, score), flat in zip(WATCHERS.items(), settings, strict=True):
+        one, two = tmp_path / "one" / method, tmp_path / method
+        run.search(load_config(None, (), flat | {"output": str(one)}))
+        assert (two / "best/arch.json").read_bytes() == (one / "best/arch.json").read_bytes()
+        histories = [read(folder / "history.json") for folder in (one, two)]
+        for first, second in zip(histories[0]["rounds"], histories[1]["rounds"], strict=True):
+            expected = pytest.approx(first["saliency"][score], rel=1e-3)
+            assert second["saliency"][score] == expected, method
+
+
+def test_ist_chooses_and_learns_as_one_process_does(model, data, tmp_path):
+    done = two_processes(str(DRIVER), model, data, str(tmp_path), "IST", timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = ist_results(model, data, tmp_path / "one")
+    for found in (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)):
+        for name in ("weights", "own"):
+            assert_close(found[name], expected[name], rtol=0, atol=2e-5)
+        for name in ("importance", "own_importance"):
+            # scores of a high rate tell apart losses that differ by rounding
+            assert found[name] == pytest.approx(expected[name], rel=0.1, abs=0.02)
+            assert any(found[name].values())
 
 
 def test_a_process_that_fails_ends_the_job(model, data, tmp_path):
