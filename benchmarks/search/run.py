@@ -1,0 +1,172 @@
+"""Every search method and plain LoRA at one budget, each at its own cost and at equal compute.
+
+    python -m benchmarks.search.run --model FOLDER --data FOLDER_OF_TASKS
+
+Start it in as many processes as there are cores; they share the work. Stop and start it at will.
+"""
+
+import argparse
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.harness import Experiment, Results, digest, run_all
+from prunepeft.compare_cells import run_equal, run_own
+from prunepeft.comparison import Cell
+from prunepeft.config import RunConfig, load_config
+from prunepeft.state import RunFolder, read_json
+from prunepeft.strategies import METHODS
+
+HERE = Path(__file__).parent
+SUITE = yaml.safe_load((HERE / "suite.yaml").read_text("utf-8"))
+TUNED = "lora-all"
+
+
+class Bench:
+    """The cells of one suite.
+
+    Args:
+        suite: Content of suite.yaml.
+        model: Folder of the model.
+        data: Folder with one folder per task.
+        cache: Where run folders go.
+        results: Where the result files are.
+    """
+
+    def __init__(
+        self, suite: dict[str, Any], model: str, data: Path, cache: Path, results: Results
+    ) -> None:
+        self.suite, self.model, self.data = suite, model, data
+        self.cache, self.results = cache, results
+
+    def experiments(self) -> list[Experiment]:
+        """All at their own cost first, then at equal compute; seed by seed, task by task."""
+        found = [self._tuning(t, r) for t in self.suite["tasks"] for r in self.suite["rates"]]
+        for cost, seed, task in itertools.product(
+            ("own", "equal"), self.suite["seeds"], self.suite["tasks"]
+        ):
+            tuning = tuple(tuning_name(task, rate) for rate in self.suite["rates"])
+            for method in methods_of(self.suite):
+                others = [
+                    cell_name(task, "own", m, seed) for m in (method, self.suite["reference"])
+                ]
+                needs = (*tuning, *others) if cost == "equal" else tuning
+                run = self._own if cost == "own" else self._equal
+                call = functools.partial(run, task, method, seed)
+                config = self._common(task, method)
+                config |= {"seed": seed, "cost": cost, "method": method}
+                found.append(Experiment(cell_name(task, cost, method, seed), config, call, needs))
+        return found
+
+    def best_rate(self, task: str) -> float:
+        """The learning rate with the best metric on the tuning seed, the smaller on a tie."""
+        values = {r: self._cell(tuning_name(task, r)).metric for r in self.suite["rates"]}
+        return max(values, key=lambda r: (values[r], -r))
+
+    def _tuning(self, task: str, rate: float) -> Experiment:
+        config = self._common(task, TUNED) | {"rate": rate, "seed": self.suite["tuning_seed"]}
+        return Experiment(
+            tuning_name(task, rate), config, functools.partial(self._tune, task, rate)
+        )
+
+    def _tune(self, task: str, rate: float) -> dict[str, Any]:
+        place = self._place(task, TUNED, rate)
+        config = self._config(task, TUNED, rate)
+        return _record(run_own(config, TUNED, self.suite["tuning_seed"], place), rate)
+
+    def _own(self, task: str, method: str, seed: int) -> dict[str, Any]:
+        rate = self.best_rate(task)
+        place, config = self._place(task, method, rate), self._config(task, method, rate)
+        return _record(run_own(config, method, seed, place), rate)
+
+    def _equal(self, task: str, method: str, seed: int) -> dict[str, Any]:
+        rate = self.best_rate(task)
+        own, reference = (
+            self._cell(cell_name(task, "own", m, seed)) for m in (method, self.suite["reference"])
+        )
+        place, config = self._place(task, method, rate), self._config(task, method, rate)
+        return _record(run_equal(config, own, reference, place), rate)
+
+    def _cell(self, name: str) -> Cell:
+        return Cell.from_dict(self.results.get(name)["result"])
+
+    def _config(self, task: str, method: str, rate: float) -> RunConfig:
+        suite = self.suite
+        return load_config(
+            None,
+            (),
+            {
+                "model": self.model,
+                "data": str(self.data / task),
+                "budget": suite["budget"],
+                "metric": suite["tasks"][task]["metric"],
+                "precision": suite["precision"],
+                "train.max_rows": suite["tasks"][task]["rows"],
+                "train.epochs": suite["epochs"],
+                "train.batch_size": suite["batch_size"],
+                "train.lr": rate,
+                "method": method if method in METHODS else "prunepeft",
+                **suite["settings"].get(method, {}),
+            },
+        )
+
+    def _common(self, task: str, method: str) -> dict[str, Any]:
+        """Everything that all cells of a method on a task depend on."""
+        no = ("tasks", "seeds", "settings", "leave_out", "plain")
+        shared = {k: v for k, v in self.suite.items() if k not in no}
+        own = self.suite["settings"].get(method, {})
+        return shared | self.suite["tasks"][task] | {"task": task, "settings": own}
+
+    def _place(self, task: str, method: str, rate: float) -> Path:
+        """Folder of run folders, another one for other settings."""
+        return self.cache / f"{task}-{digest(self._common(task, method) | {'rate': rate})}"
+
+
+def methods_of(suite: dict[str, Any]) -> Sequence[str]:
+    """The reference, then all registered methods and plain LoRA, less what is left out."""
+    names = (suite["reference"], *METHODS.names(), *suite["plain"])
+    return [m for m in dict.fromkeys(names) if m not in suite["leave_out"]]
+
+
+def cell_name(task: str, cost: str, method: str, seed: int) -> str:
+    """Name of a result file."""
+    return f"{task}/{cost}-{method}-seed{seed}"
+
+
+def tuning_name(task: str, rate: float) -> str:
+    """The same for a learning rate."""
+    return f"{task}/tune-{rate:g}"
+
+
+def _record(cell: Cell, rate: float) -> dict[str, Any]:
+    """The cell, and what the table says about its run."""
+    found: dict[str, Any] = cell.to_dict() | {"lr": rate}
+    if cell.metric is not None:
+        result = read_json(RunFolder(cell.run).result_file)
+        found["limit"] = result["budget"]["limit"]
+        found |= {k: result["task"][k] for k in ("n_train", "n_validation")}
+        found["modules"] = {m["id"]: m["size"] for m in result["placement"]["modules"]}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of the encoder")
+    parser.add_argument("--data", required=True, help="folder with one folder per task")
+    parser.add_argument("--cache", default="runs/bench-search", help="run folders, reused")
+    parser.add_argument("--minutes", type=float, default=180, help="start nothing after this time")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results, cache = Results(HERE / "results"), Path(args.cache)
+    bench = Bench(SUITE, args.model, Path(args.data), cache, results)
+    done = run_all(bench.experiments(), results, cache / "claims", args.minutes * 60)
+    print("all up to date" if done else "stopped before the end; start again to go on")
+
+
+if __name__ == "__main__":
+    main()

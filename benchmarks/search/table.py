@@ -1,0 +1,84 @@
+"""The tables of searches for docs/benchmarks.md."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.search.run import cell_name, methods_of
+from prunepeft.comparison import Cell, make_comparison
+from prunepeft.metrics import METRICS
+
+HERE = Path(__file__).parent
+TITLES = {"own": "own cost", "equal": "equal compute"}
+
+
+def search_tables(here: Path = HERE) -> list[str]:
+    """The section, empty without results."""
+    suite = yaml.safe_load((here / "suite.yaml").read_text("utf-8"))
+    lines: list[str] = []
+    for task, settings in suite["tasks"].items():
+        found = _read(here / "results", task, suite)
+        cells = [Cell.from_dict(result) for result in found]
+        if not any(cell.metric is not None for cell in cells):
+            continue
+        better = METRICS.get(settings["metric"]).greater_is_better
+        compared = make_comparison(cells, suite["reference"], greater_is_better=better)
+        for cost, table in compared["tables"].items():
+            lines += [f"### {task}, {TITLES[cost]}: {settings['metric']}", "", *_table(table), ""]
+        known = next(r for r in found if r["metric"] is not None)
+        lines += [
+            f"Learning rate {known['lr']:g}. {known['n_train']:,} training and "
+            f"{known['n_validation']:,} validation rows. Limit: {known['limit']:,} parameters.",
+            "",
+            *(f"- {line}" for line in compared["takeaways"]),
+            "",
+        ]
+    words = suite | {k: ", ".join(f"{v:g}" for v in suite[k]) for k in ("rates", "seeds")}
+    rows = (f"{settings['rows']:,} ({task})" for task, settings in suite["tasks"].items())
+    words["rows"] = ", ".join(rows)
+    about = (here / "about.md").read_text("utf-8").format(**words).rstrip()
+    return ["", about, "", *lines] if lines else []
+
+
+def _read(folder: Path, task: str, suite: dict[str, Any]) -> list[dict[str, Any]]:
+    names = [
+        cell_name(task, cost, method, seed)
+        for cost in TITLES
+        for method in methods_of(suite)
+        for seed in suite["seeds"]
+    ]
+    files = [folder / f"{name}.json" for name in names]
+    return [json.loads(f.read_text("utf-8"))["result"] for f in files if f.is_file()]
+
+
+def _table(table: dict[str, Any]) -> list[str]:
+    heads = ("method", "metric", "difference", "95% interval", "verdict", "steps")
+    heads += ("search, seconds", "retraining, seconds", "of allowance", "parameters", "seeds")
+    return [
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+        *(_row(row) for row in table["rows"]),
+    ]
+
+
+def _row(row: dict[str, Any]) -> str:
+    metric, gap = row["metric"], row["difference"] or {}
+    if not metric["n"]:
+        return f"| {row['method']} |" + " - |" * 3 + f" {row['failed']} runs failed |" + " - |" * 6
+    spread = "" if metric["std"] is None else f" ± {metric['std']:.4f}"
+    cells = (
+        row["method"],
+        f"{metric['mean']:.4f}{spread}",
+        "-" if gap.get("mean") is None else f"{gap['mean']:+.4f}",
+        "-" if gap.get("low") is None else f"{gap['low']:+.4f} to {gap['high']:+.4f}",
+        row["verdict"],
+        f"{row['search_steps']:,.0f} + {row['train_steps']:,.0f}",
+        f"{row['search_seconds']:.0f}",
+        f"{row['train_seconds']:.0f}",
+        "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        f"{row['parameters']:,.0f}",
+        str(metric["n"]) + (f" ({row['failed']} failed)" if row["failed"] else ""),
+    )
+    return f"| {' | '.join(cells)} |"
