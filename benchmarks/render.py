@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from benchmarks.compression.table import compression_table
+from benchmarks.search.table import search_tables
+
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "docs" / "benchmarks.md"
 NAMES = {
@@ -28,7 +31,8 @@ def main() -> None:
 def render() -> str:
     """The whole page."""
     parts = [(HERE / "about.md").read_text("utf-8"), *_first(), *_recorder(), *_kinds(), *_alone()]
-    return "\n".join([*parts, *_structured(), *_structured_quality()]).rstrip() + "\n"
+    parts += [*_structured(), *_structured_quality(), *search_tables(), *compression_table()]
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def _first() -> list[str]:

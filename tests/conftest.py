@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,17 @@ settings.register_profile(
 settings.load_profile("tests")
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """Address of a small Ray cluster that this process has joined; starting takes seconds."""
+    ray = pytest.importorskip("ray")
+    from prunepeft.backends.ray_actors import start_local
+
+    start_local(4)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prunepeft.library import prune_base, search
     from prunepeft.sites import find_sites
     from prunepeft.space import Placement, SearchSpace, Site, Slot
+    from prunepeft.sparse_tuning import IstCallback, IstSettings
     from prunepeft.strategies import METHODS
     from prunepeft.structured.opening import load_base, load_cut
     from prunepeft.supernet.attach import attach, detach, placement_of
@@ -45,6 +46,8 @@ _WHERE = {
     "Slot": "prunepeft.space",
     "UnionConfig": "prunepeft.supernet.tuner",
     "PruneCallback": "prunepeft.callback",
+    "IstCallback": "prunepeft.sparse_tuning",
+    "IstSettings": "prunepeft.sparse_tuning",
     "PrunePeftError": "prunepeft.errors",
     "KINDS": "prunepeft.kinds",
     "CRITERIA": "prunepeft.criteria",
@@ -70,6 +73,8 @@ __all__ = [
     "Slot",
     "UnionConfig",
     "PruneCallback",
+    "IstCallback",
+    "IstSettings",
     "PrunePeftError",
     "KINDS",
     "CRITERIA",

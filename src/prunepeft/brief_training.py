@@ -114,7 +114,8 @@ def measure_briefly(
         steps = n_steps(len(rows), phases.settings.batch_size) * epochs
         cost = {"seconds": time.perf_counter() - began, "steps": steps, "rows": len(rows)}
         return {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR], **cost}
-    return {"metrics": metrics, **cost_of(logs, rows)}
+    cost = cost_of(logs, rows) | {"seconds": time.perf_counter() - began}  # measuring costs as well
+    return {"metrics": metrics, **cost}
 
 
 def cost_of(logs: list[PhaseLog], rows: Dataset) -> dict[str, Any]:

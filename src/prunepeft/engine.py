@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from prunepeft._version import __version__
 from prunepeft.evaluate import Outcome, Target
+from prunepeft.full_training import first_seed
 from prunepeft.metrics import METRICS
 from prunepeft.plan import Plan, check_device
 from prunepeft.progress import Progress, SilentProgress
@@ -19,6 +20,7 @@ from prunepeft.state import RunFolder
 from prunepeft.supernet import detach
 from prunepeft.trainer_evaluator import TrainerEvaluator
 from prunepeft.training import Phases
+from prunepeft.trial_cache import TrialCache
 
 
 class Engine:
@@ -64,6 +66,7 @@ class Engine:
             folder.state_dir,
             writes=is_main,
             on_event=self.on_event,
+            cache=self._cache(device),
         )
 
     def encode(self, rows: Dataset) -> Dataset:
@@ -84,7 +87,8 @@ class Engine:
     @contextlib.contextmanager
     def trained(self, placement: Placement, outcome: Outcome) -> Iterator[PeftModel]:
         """The base model with the best weights of a finished training on it."""
-        net = self.evaluator.attach(placement, weights=self.evaluator.weights(outcome))
+        seed = first_seed(self.plan.config.seed)  # goes into the adapter's config
+        net = self.evaluator.attach(placement, seed, weights=self.evaluator.weights(outcome))
         try:
             yield net
         finally:
@@ -108,6 +112,10 @@ class Engine:
             bf16=self.bf16,
             progress=progress,
         )
+
+    def _cache(self, device: str) -> TrialCache | None:
+        place = self.plan.config.cache
+        return None if place is None else TrialCache(Path(place), self.model, device)
 
     def _target(self) -> Target:
         plan, config = self.plan, self.plan.config

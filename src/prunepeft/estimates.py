@@ -8,8 +8,9 @@ from prunepeft.config import RunConfig
 from prunepeft.data import Splits
 from prunepeft.kinds import cost, count_params
 from prunepeft.plan import Plan, problem_of
-from prunepeft.space import Placement
+from prunepeft.space import Placement, SearchSpace
 from prunepeft.state import disk_free
+from prunepeft.strategies import Allocator
 from prunepeft.strategies.black_box import BlackBox
 from prunepeft.structured.cut import n_removed
 from prunepeft.training import n_steps
@@ -89,7 +90,8 @@ def _warnings(plan: Plan) -> list[str]:
         plan.given is not None
         or plan.budget is None
         or plan.strategy.cuts_base
-        or cost(plan.space.full(), plan.budget.unit) > plan.limit
+        or isinstance(plan.strategy, Allocator)
+        or cost(_candidates(plan).full(), plan.budget.unit) > plan.limit
     ):
         return []
     return [
@@ -98,10 +100,24 @@ def _warnings(plan: Plan) -> list[str]:
     ]
 
 
+def planned_steps(plan: Plan) -> int:
+    """Optimiser steps that the search takes at most."""
+    return _search_cost(plan)["steps"]
+
+
+def _candidates(plan: Plan) -> SearchSpace:
+    """The space that is searched; some methods add sizes."""
+    if isinstance(plan.strategy, BlackBox):
+        return plan.strategy.candidates(problem_of(plan, None, None))
+    return plan.space
+
+
 def _search_cost(plan: Plan) -> dict[str, Any]:
     """Upper bounds: how many runs, steps and rows the search takes."""
     if isinstance(plan.strategy, BlackBox) and plan.given is None and plan.budget is not None:
         return _trials_cost(plan, plan.strategy)
+    if isinstance(plan.strategy, Allocator) and plan.given is None and plan.budget is not None:
+        return _look_cost(plan, plan.strategy)
     search, batch, n = plan.config.search, plan.config.train.batch_size, len(plan.splits.train)
     mode = getattr(plan.strategy, "mode", "")
     if plan.given is not None or plan.budget is None or mode in ("none", "random"):
@@ -122,8 +138,8 @@ def _search_cost(plan: Plan) -> dict[str, Any]:
 
 def _trials_cost(plan: Plan, strategy: BlackBox) -> dict[str, Any]:
     """The same for methods that try one placement after another."""
-    problem = problem_of(plan, None, None)
-    stages = () if problem.cost(plan.space.full()) <= plan.limit else strategy.stages(problem)
+    problem = strategy.widened(problem_of(plan, None, None))
+    stages = () if problem.cost(problem.space.full()) <= plan.limit else strategy.stages(problem)
     steps = sum(n * problem.n_steps(fidelity) for n, fidelity in stages)
     seen = sum(n * fidelity.rows(problem.n_train) * fidelity.epochs for n, fidelity in stages)
     runs, share = sum(n for n, _ in stages), 1.0
@@ -132,6 +148,17 @@ def _trials_cost(plan: Plan, strategy: BlackBox) -> dict[str, Any]:
         runs, steps = int(runs * share), strategy.max_steps
     whole = problem.n_train * plan.config.train.epochs
     return {"runs": runs, "steps": steps, "rows_per_training_row": round(share * seen / whole, 3)}
+
+
+def _look_cost(plan: Plan, strategy: Allocator) -> dict[str, Any]:
+    """The same for methods that look at the base model once."""
+    problem = problem_of(plan, None, None)
+    fidelity = strategy.fidelity(problem)
+    passes, rows = strategy.passes(fidelity.epochs), fidelity.rows(problem.n_train)
+    steps = passes * n_steps(rows, problem.batch_size)
+    whole = problem.n_train * plan.config.train.epochs
+    seen = round(passes * rows / whole, 3)
+    return {"runs": 1, "steps": steps, "rows_per_training_row": seen}
 
 
 def estimate_memory(plan: Plan, trained: int) -> int:

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from peft import PeftModel
 from torch import Tensor
 
 from prunepeft.budget import Fidelity
+from prunepeft.probes import Probe
 from prunepeft.space import Placement
-from prunepeft.structured.cut import Cut
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from prunepeft.structured.cut import Cut
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Watcher(Protocol):
 
     config: dict[str, Any]
 
-    def attach(self, net: PeftModel) -> None:
+    def attach(self, net: "PeftModel") -> None:
         """Before the optimizer is made: hooks, and trainable parameters (`net.add_module`)."""
 
     def start(self, steps: int) -> None:
@@ -88,11 +92,12 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """What a watcher found in a training.
+    """What a watcher found in a training, or a probe.
 
     Attributes:
-        tensors: By the names of the watcher.
-        key: Name of this run in the journal; the weights at its end are stored under it.
+        tensors: By the names of the watcher or probe.
+        key: Name of this run in the journal; of a training the weights at its end are stored
+            under it.
         loss: Mean training loss of the last epoch.
         seconds, steps, rows, peak_memory_bytes: What it cost.
     """
@@ -202,6 +207,16 @@ class Evaluator(Protocol):
             init_seed: First values of the modules.
         """
 
+    def calibrate(self, probe: Probe, *, name: str, fidelity: Fidelity, seed: int) -> Watched:
+        """Find something out on the base model, which stays as it was; no weights are kept.
+
+        Args:
+            probe: What to find out.
+            name: For the progress line.
+            fidelity: Share of the rows, and passes over them where something learns.
+            seed: Data subset, order and dropout.
+        """
+
     def trial(self, placement: Placement, *, name: str, fidelity: Fidelity, seed: int) -> Tried:
         """Train a placement from first values for a short while, and measure it.
 
@@ -219,7 +234,7 @@ class Evaluator(Protocol):
         self,
         placement: Placement,
         key: str,
-        cut: Cut | None,
+        cut: "Cut | None",
         keep_ranks: Mapping[str, Sequence[int]],
     ) -> tuple[Placement, str]:
         """Cut the base for good, and take trained modules over to it.
@@ -233,7 +248,7 @@ class Evaluator(Protocol):
             The placement on the cut base, and the key of its weights.
         """
 
-    def merge(self, placement: Placement, key: str, cut: Cut | None) -> None:
+    def merge(self, placement: Placement, key: str, cut: "Cut | None") -> None:
         """Cut the base for good, and merge trained modules and their head into it.
 
         Args:

@@ -27,7 +27,7 @@ def _output(config: RunConfig, what: str) -> Path:
 
 def check_sources(config: RunConfig, folder: Path) -> None:
     """Raise ConfigError if the run would read from the folder it writes to."""
-    for name in ("model", "data", "arch", "strategy"):
+    for name in ("model", "data", "arch", "strategy", "cache"):
         source = getattr(config, name)
         if (
             source

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from prunepeft.backends import Backend, Serial, check_backend
 from prunepeft.base_plan import narrowed_sites, plan_groups
 from prunepeft.budget import Budget, Fidelity
 from prunepeft.candidates import LORA_ALL_ROLES, make_lora_baseline, make_space, paper_space
@@ -18,6 +19,7 @@ from prunepeft.kinds import cost
 from prunepeft.metrics import METRICS, check_metric
 from prunepeft.sites import count_base_params, find_sites
 from prunepeft.space import Placement, SearchSpace, Site
+from prunepeft.sparse_tuning import IstSettings
 from prunepeft.state import read_json
 from prunepeft.strategies import METHODS, Problem, Strategy
 from prunepeft.strategies.make import make_strategy
@@ -85,6 +87,12 @@ class Plan:
     def strategy(self) -> Strategy:
         return make_strategy(self.config)
 
+    @property
+    def ist(self) -> IstSettings | None:
+        """How the result is trained if not all layers train in every step."""
+        given = self.config.ist.model_dump(exclude={"enabled"})
+        return IstSettings(**given) if self.config.ist.enabled else None
+
     def baseline(self, limit: int | None = None) -> Placement | None:
         """Plain LoRA at equal budget, if asked for."""
         if self.config.baseline == "none":
@@ -100,9 +108,8 @@ def make_plan(config: RunConfig) -> Plan:
     Raises:
         PrunePeftError: whatever is wrong with the settings, the data, the model or the budget.
     """
-    check_device(config.device)
-    if config.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    method = METHODS.get(config.method)
+    _check_place(config, method)
     splits = load_data(
         config.data,
         task=config.task,
@@ -135,10 +142,17 @@ def make_plan(config: RunConfig) -> Plan:
         limit=limit,
         head={name: _size(model.get_submodule(name)) for name in task.head_modules(model)},
         n_tokens=task.count_tokens(model.config, config.train.max_length),
-        groups=plan_groups(config, model, cuts_base=METHODS.get(config.method).cuts_base),
+        groups=plan_groups(config, model, cuts_base=method.cuts_base),
     )
     _check_budget(plan, model)
     return plan
+
+
+def _check_place(config: RunConfig, method: type[Strategy]) -> None:
+    check_device(config.device)
+    check_backend(config, has_trials=method.has_trials)
+    if config.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _size(module: nn.Module) -> int:
@@ -170,7 +184,9 @@ def check_device(device: str) -> str:
     return device
 
 
-def problem_of(plan: Plan, evaluator: Any, on_event: Any) -> Problem:
+def problem_of(
+    plan: Plan, evaluator: Any, on_event: Any, backend: Backend | None = None
+) -> Problem:
     """The search problem of a plan."""
     search = plan.config.search
     return Problem(
@@ -186,6 +202,7 @@ def problem_of(plan: Plan, evaluator: Any, on_event: Any) -> Problem:
         metric=plan.metric,
         greater_is_better=METRICS.get(plan.metric).greater_is_better,
         batch_size=plan.config.train.batch_size,
+        backend=backend or Serial(),
     )
 
 

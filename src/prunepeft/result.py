@@ -124,6 +124,7 @@ def build_result(
             "steps": found.steps,
             "rounds": len(found.history.get("rounds", [])),
             "runs": found.runs,
+            "continues": bool(found.start),
             "peak_memory_bytes": found.peak_memory_bytes,
         },
         "train": trained,

@@ -4,9 +4,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prunepeft.backends import make_backend
 from prunepeft.config import RunConfig
 from prunepeft.data import load_rows
 from prunepeft.engine import Engine
@@ -18,6 +20,7 @@ from prunepeft.places import base_output_of, check_job, check_sources, output_of
 from prunepeft.plan import Plan, check_device, make_plan, problem_of
 from prunepeft.processes import join, on_main
 from prunepeft.progress import Progress, SilentProgress
+from prunepeft.replica import make_replica
 from prunepeft.report import write_report
 from prunepeft.result import (
     build_base_result,
@@ -34,7 +37,8 @@ from prunepeft.strategies import SearchResult
 
 logger = logging.getLogger(__name__)
 
-IGNORED_ON_RESUME = ("output", "offline", "device")
+BACKEND_KEYS = ("backend", "workers", "ray_address", "cache")  # none changes a result
+IGNORED_ON_RESUME = ("output", "offline", "device", *BACKEND_KEYS)
 SAME_METRIC = 1e-6
 
 
@@ -114,7 +118,7 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, Any]:
         data: Data with the same columns and labels; default: the run's test split, else validation.
     """
     folder = finished_run(run)
-    plan = make_plan(_as_trained(RunConfig.model_validate(folder.read_config()), folder))
+    plan = plan_as_trained(folder)
     engine = Engine(plan, folder, is_main=False)
     if data is not None:
         part, rows = data, load_rows(data, like=plan.splits, offline=plan.config.offline)
@@ -125,13 +129,15 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, Any]:
     return {"data": part, "rows": len(rows), "metrics": engine.measure(folder.adapter_dir, rows)}
 
 
-def _as_trained(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """The settings without a search, on the base model that the run itself cut, if it did."""
+def plan_as_trained(folder: RunFolder) -> Plan:
+    """The plan of a finished run without a search, on the base that it cut itself, if it did."""
+    config = RunConfig.model_validate(folder.read_config())
     change: dict[str, Any] = {"budget": None, "arch": None, "baseline": "none", "strategy": None}
-    change |= {"method": "prunepeft", "base_ratio": 0.0}
+    change |= {"method": "prunepeft", "base_ratio": 0.0} | dict.fromkeys(BACKEND_KEYS)
+    change["backend"] = "serial"
     if folder.base_dir.is_dir():
         change["model"] = str(folder.base_dir)
-    return config.model_copy(update=change)
+    return make_plan(config.model_copy(update=change))
 
 
 def _work(
@@ -179,7 +185,9 @@ def _search(plan: Plan, folder: RunFolder, engine: Engine, command: str) -> dict
         plan = save_shrunk(plan, engine, shrunk)
     on_main(lambda: write_json(folder.history_file, found.history))
     seed = plan.config.seed
-    outcome = engine.evaluator.train(found.placement, name="train", seed=seed, start=found.start)
+    outcome = engine.evaluator.train(
+        found.placement, name="train", seed=seed, start=found.start, ist=plan.ist
+    )
     baselines = _baselines(plan, engine, found.placement)
     on_main(lambda: _save_best(folder, engine, found, outcome))
     reloaded = engine.measure(folder.adapter_dir)[plan.metric]
@@ -236,7 +244,12 @@ def _reopen(folder: RunFolder) -> None:
 def _find(plan: Plan, engine: Engine) -> SearchResult:
     if plan.given is not None:
         return SearchResult(plan.given, history={"mode": "given", "rounds": []})
-    return plan.strategy.search(problem_of(plan, engine.evaluator, engine.on_event))
+    config = plan.config.model_copy(update={"device": check_device(plan.config.device)})
+    build = partial(make_replica, config, engine.folder.path.absolute())
+    log = engine.folder.log_file.with_name("workers.log")
+    with make_backend(config, build, engine.phases.progress, log) as backend:
+        problem = problem_of(plan, engine.evaluator, engine.on_event, backend)
+        return plan.strategy.search(problem)
 
 
 def _baselines(plan: Plan, engine: Engine, kept: Placement) -> list[dict[str, Any]]:

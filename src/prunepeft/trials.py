@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from prunepeft.errors import StateError
+from prunepeft.evaluate import Tried
 from prunepeft.processes import on_main, share
 from prunepeft.space import Placement
 from prunepeft.state import Journal
+from prunepeft.trial_cache import TrialCache
 
 FOUND = "found."  # what a watcher found, beside the weights
 
@@ -21,12 +23,21 @@ class Trials:
         journal: Where finished calls are kept.
         context: What every call depends on (model, data, settings).
         writes: Whether this process writes (the main one does).
+        cache: Trials that runs share; None: this run alone.
     """
 
-    def __init__(self, journal: Journal, context: Mapping[str, Any], *, writes: bool) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        context: Mapping[str, Any],
+        *,
+        writes: bool,
+        cache: TrialCache | None = None,
+    ) -> None:
         self.journal = journal
         self.context = dict(context)
         self.writes = writes
+        self.cache = cache
         self._held: dict[str, dict[str, Tensor]] = {}
 
     def call(self, what: str, placement: Placement, **more: Any) -> dict[str, Any]:
@@ -41,6 +52,25 @@ class Trials:
     def find(self, key: str) -> dict[str, Any] | None:
         """The result kept under a key, None if there is none."""
         return on_main(lambda: self.journal.get(key))
+
+    def find_trial(self, key: str, call: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The same for a trial; one that another run shares is kept here as well."""
+
+        def find() -> dict[str, Any] | None:
+            found = self.journal.get(key)
+            if found is None and self.cache is not None:
+                found = self.cache.get(key)
+                if found is not None and self.writes:
+                    self.journal.put(key, call, found)
+            return found
+
+        return on_main(find)
+
+    def keep_trial(self, key: str, call: Mapping[str, Any], result: Tried) -> Tried:
+        """The same as `keep` for a trial, which is shared as well."""
+        if self.cache is not None and self.writes:
+            self.cache.put(key, asdict(result))
+        return self.keep(key, call, result)
 
     def keep(
         self,

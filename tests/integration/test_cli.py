@@ -141,7 +141,7 @@ def test_module_can_be_run_by_torchrun() -> None:
 def test_every_command_explains_itself(call: Call) -> None:
     code, out, _ = call("--help")
     assert code == 0
-    names = "init check search train eval export inspect report ls env schema".split()
+    names = "init check search compare train eval export inspect report ls env schema".split()
     for name in names:
         assert f" {name} " in out
         code, text, _ = call(name, "--help")
@@ -253,6 +253,51 @@ def test_search_prints_a_table_and_where_to_look(
     assert "runs/x/report/report.html" in out
 
 
+def test_compare_gets_settings_methods_and_seeds(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prunepeft.compare as job
+
+    seen: dict[str, Any] = {}
+
+    def compare(config: Any, methods: Any, seeds: Any, **how: Any) -> dict[str, Any]:
+        print("a library prints this")
+        seen.update(how, config=config, methods=methods, seeds=seeds)
+        return {"tables": {}}
+
+    monkeypatch.setattr(job, "compare", compare)
+    arguments = (
+        *COMPARE, "light_peft.l1=1", "--methods", "random, light-peft", "--seeds", "3,1",
+        "--cost", "own", "--output", "runs/c", "--offline", "--resume", "never",
+    )  # fmt: skip
+    code, out, err = call(*arguments, "--json")
+    assert (code, json.loads(out)) == (0, {"tables": {}})
+    assert "a library prints this" in err
+    assert (seen["methods"], seen["seeds"]) == (["random", "light-peft"], [3, 1])
+    assert (seen["cost"], seen["output"], seen["resume"]) == ("own", Path("runs/c"), "never")
+    assert (seen["reference"], seen["overwrite"], seen["dry_run"]) == (None, False, False)
+    assert seen["config"].light_peft.l1 == 1
+    assert seen["config"].offline
+    code, out, _ = call(*arguments, "--dry-run")
+    assert code == 0
+    assert seen["dry_run"]
+    assert "Nothing was trained" in out
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prunepeft.compare as job
+
+    def compare(*_: Any, **__: Any) -> None:
+        raise Interrupted(15)
+
+    monkeypatch.setattr(job, "compare", compare)
+    code, _, err = call(*COMPARE, "--methods", "random,smam")
+    assert code == 143
+    assert "run the same command again" in err
+
+
 def test_other_ranks_are_silent(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_run(monkeypatch, search=lambda config, **_: RESULT)
     monkeypatch.setenv("RANK", "1")
@@ -319,6 +364,7 @@ def test_out_of_memory_of_the_accelerator_is_recognised() -> None:
     assert code == 5
 
 
+COMPARE = ("compare", "model=m", "data=d", "budget=1%")
 USAGE: list[tuple[list[str], str]] = [
     (["serch"], "Did you mean 'search'"),
     (["search", "--bugdet", "1%"], "--budget"),
@@ -337,6 +383,22 @@ USAGE: list[tuple[list[str], str]] = [
     (["search", "budget=1%"], "model is missing; give --model"),
     (["search", "--model", "m", "--data", "d"], "budget is missing"),
     (["search", "--model", "", "--data", "d", "--budget", "1%"], "model got ''"),
+    ([*COMPARE], "methods are missing; give two at least"),
+    ([*COMPARE, "--methods", "random"], "give two at least, each once"),
+    ([*COMPARE, "--methods", "random,smma"], "did you mean 'smam'"),
+    ([*COMPARE, "--methods", "rndom,smam"], "did you mean 'random'"),
+    ([*COMPARE, "--methods", "random,smam", "--seeds", "0,0"], "each once"),
+    ([*COMPARE, "--methods", "random,smam", "--seeds", "0,x"], "seeds are '0,x'; give whole"),
+    ([*COMPARE, "--methods", "random,smam", "--cost", "fair"], "own, equal, both"),
+    ([*COMPARE, "--methods", "random,smam", "--reference", "asha"], "not among the methods"),
+    ([*COMPARE, "--methods", "random,smam", "light_peft.l1=1"], "light_peft"),
+    ([*COMPARE, "--methods", "random,smam", "arch=a.json"], "leave arch out"),
+    (["compare", "tests", "--seeds", "1"], "--seeds says nothing here"),
+    (["compare", "tests", "--dry-run"], "--dry-run says nothing here"),
+    (["compare", "tests", "--cost", "equal"], "--cost says nothing here"),
+    (["compare", "tests", "model=m"], "model=m says nothing here"),
+    (["compare", "tests"], "holds no finished run"),
+    (["compare", "nowhere", "--methods", "random,smam"], "there is no file nowhere"),
 ]
 SETTINGS: list[tuple[str, int, str]] = [
     ("--budget 0", 4, "above zero"),

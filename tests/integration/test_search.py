@@ -41,7 +41,7 @@ RESULT_KEYS = {
     "space": "n_slots n_params kinds",
     "placement": "digest n_modules n_params kinds modules",
     "metric": "name value all best_epoch reloaded",
-    "search": "seconds steps rounds runs peak_memory_bytes",
+    "search": "seconds steps rounds runs peak_memory_bytes continues",
     "train": "seconds steps epochs peak_memory_bytes curve",
     "environment": "python torch transformers peft platform processor device threads",
 }
@@ -268,7 +268,16 @@ def test_modes(world: World, mode: str) -> None:
         assert set(result.history["strategy"]) == {"all"}
 
 
-@pytest.mark.parametrize(("method", "score"), [("smam", "first_order"), ("s3delta", "gate")])
+@pytest.mark.parametrize(
+    ("method", "score"),
+    [
+        ("smam", "first_order"),
+        ("s3delta", "gate"),
+        ("bipeft", "sensitivity"),
+        ("gora", "gora"),
+        ("lora_drop", "lora_drop"),
+    ],
+)
 def test_other_methods(world: World, method: str, score: str) -> None:
     given = {"smam": {"rounds": 2}, "search": BRIEF | {"epochs": 2}, "kinds": ["lora", "bitfit"]}
     result = world.search(f"method-{method}", method=method, **given)

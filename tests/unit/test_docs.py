@@ -19,12 +19,14 @@ from prunepeft.budget import UNITS
 from prunepeft.cli.app import COMMANDS
 from prunepeft.config import RunConfig
 from prunepeft.config.load import key_paths
-from prunepeft.config.methods import BlackBoxSettings
+from prunepeft.config.methods import AllocateSettings, BlackBoxSettings
 from prunepeft.criteria import CRITERIA
 from prunepeft.kinds import KINDS
 from prunepeft.space import Placement
-from prunepeft.strategies import LightPeft, S3Delta, SMam
-from prunepeft.strategies.black_box import Trial
+from prunepeft.sparse_tuning import IstSettings
+from prunepeft.strategies import METHODS, Allocator, AutoPeft, Bipeft, LightPeft, S3Delta, SMam
+from prunepeft.strategies.bayesian import NEEDS
+from prunepeft.strategies.history import Trial
 from prunepeft.strategies.hybrid_pruning import MODES, REINIT
 from prunepeft.structured import find_groups
 from prunepeft.structured.base_criteria import BASE_CRITERIA
@@ -37,6 +39,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 CONFIGURATION = DOCS / "configuration.md"
 BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"
+ALLOCATORS = [name for name, method in METHODS if issubclass(method, Allocator)]
 PAGES = sorted(DOCS.rglob("*.md"))
 _TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "switch"}
 _TYPES |= {"array": "list", "object": "mapping"}
@@ -166,14 +169,18 @@ def test_every_page_and_example_is_linked_from_the_index() -> None:
         ("methods/prunepeft.md", (*MODES, *REINIT, "paper_exact", "per_round")),
         ("methods/light-peft.md", [f.name for f in fields(LightPeft) if f.name != "l1"]),
         ("methods/black-box.md", [*BlackBoxSettings.model_fields, *Trial.__dataclass_fields__]),
+        ("methods/autopeft.md", [*(f.name for f in fields(AutoPeft)), *NEEDS]),
         ("methods/s-mam.md", [f.name for f in fields(SMam)]),
         ("methods/s3delta.md", [f.name for f in fields(S3Delta)]),
+        ("methods/bipeft.md", [f.name for f in fields(Bipeft)]),
+        ("methods/allocators.md", [*AllocateSettings.model_fields, *ALLOCATORS]),
+        ("methods/ist.md", [f.name for f in fields(IstSettings)]),
         ("methods/loraprune.md", BASE_CRITERIA.names()),
         ("methods/loraprune.md", list(GradualPruner(find_groups(TINY["bert"]())).config)[1:]),
     ],
     ids=(
-        "api kinds criteria commands budget_units formats method light_peft black_box smam s3delta "
-        "base_criteria loraprune"
+        "api kinds criteria commands budget_units formats method light_peft black_box autopeft "
+        "smam s3delta bipeft allocators ist base_criteria loraprune"
     ).split(),
 )
 def test_page_names_everything(page: str, names: Any) -> None:

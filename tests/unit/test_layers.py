@@ -15,18 +15,20 @@ LAYERS = (
     ("errors", "_version", "interrupts", "progress"),
     ("registry", "docstrings", "state", "memory", "processes"),
     ("space", "budget", "schedules", "config", "metrics", "pareto"),
+    ("paired_tests", "comparison"),
     ("kinds", "sites", "families"),
     ("candidates",),
     ("supernet", "criteria"),
     ("structured", "supernet.export", "sparse_tuning", "compression"),
-    ("tasks", "data", "evaluate"),
-    ("train_state", "phase_trainer", "training", "resumable", "trials", "takeover"),
-    ("brief_training", "trainer_evaluator"),
+    ("tasks", "data", "probes", "evaluate"),
+    ("train_state", "phase_trainer", "training", "resumable", "trials", "trial_cache", "takeover"),
+    ("brief_training", "full_training", "calibration", "trainer_evaluator"),
     ("backends", "callback"),
     ("strategies",),
     ("report", "base_plan", "plan"),
     ("estimates",),
-    ("engine", "result", "shrinking", "places", "run", "library"),
+    ("engine", "result", "shrinking", "replica", "places", "run", "shipping", "library"),
+    ("compare", "compare_cells", "compare_checks", "compare_settings"),
     ("cli", "testing", "_plugin", "__main__", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -34,6 +36,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # "path" or "path::function" -> why it may be longer. Keep it short.
 ALLOWED_LONG: dict[str, str] = {
     "cli/options.py::add_run_command": "holds the one signature that three commands share",
+    "cli/compare.py::compare": "is a signature too: flags of a run and of a comparison",
     "cli/options.py::command": "is that signature: every flag with its help",
 }
 
@@ -51,6 +54,7 @@ LIGHT = (
     "_version",
 )
 HEAVY = {"torch", "transformers", "peft", "matplotlib", "datasets", "sklearn", "scipy", "ray"}
+EXTRAS = {"botorch", "gpytorch", "jax", "numpyro", "ray"}
 
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in FILES}
@@ -168,6 +172,12 @@ def test_light_modules_import_nothing_heavy(path):
         assert first not in HEAVY
         if first == "prunepeft" and rest and rest[0] in LEVEL:
             assert rest[0] in LIGHT, f"{NAMES[path]} imports {module} at its top"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES.get)
+def test_packages_of_extras_are_imported_where_they_are_used(path):
+    found = {module.split(".")[0] for module in top_level_imports(TREES[path])}
+    assert not found & EXTRAS
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if has_example(TREES[p])], ids=NAMES.get)

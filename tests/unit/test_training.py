@@ -218,6 +218,15 @@ def test_frozen_weights_stay_and_evaluation_changes_nothing():
     assert_close(trainable_state(net), trained, rtol=0, atol=0)
 
 
+def test_batch_normalisation_of_the_frozen_base_keeps_its_statistics():
+    """Else what one trial finds depends on those that were run before it."""
+    net, phases = make_net(), make_phases(make_rows(length=7))
+    norm = net.base_model.model.bert.encoder.layer[0].output.dropout = nn.BatchNorm1d(7)
+    before = {n: b.clone() for n, b in norm.named_buffers()}
+    run_phase(net, phases)
+    assert_close(dict(norm.named_buffers()), before, rtol=0, atol=0)
+
+
 def test_the_validation_loss_is_the_mean_over_rows():
     net, rows = make_net().eval(), make_rows(n=10)
     losses = [net(**Collator(0)([row])).loss.item() for row in rows]

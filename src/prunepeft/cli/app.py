@@ -8,12 +8,16 @@ import typer
 from prunepeft._version import __version__
 from prunepeft.cli import (
     check,
+    compare,
+    compress,
+    decompress,
     env,
     eval,
     export,
     init,
     inspect,
     ls,
+    merge,
     prune_base,
     report,
     schema,
@@ -22,7 +26,10 @@ from prunepeft.cli import (
 )
 from prunepeft.cli.exits import report_usage
 
-COMMANDS = (init, check, search, prune_base, train, eval, export, inspect, report, ls, env, schema)
+COMMANDS = (
+    *(init, check, search, compare, prune_base, train, eval, export),
+    *(compress, decompress, merge, inspect, report, ls, env, schema),
+)
 # The parent of BadParameter is click's UsageError, in whichever copy typer brings along.
 _UsageError = typer.BadParameter.__mro__[1]
 

@@ -16,9 +16,9 @@ from prunepeft.errors import DiskError, OutOfMemoryError, PrunePeftError
 from prunepeft.interrupts import Interrupted, graceful_interrupts
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-_RESUMABLE = ("search", "train")
+_RESUMABLE = ("search", "train", "compare")
 
 
 def guarded(name: str, command: Callable[..., None]) -> Callable[..., None]:

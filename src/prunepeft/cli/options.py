@@ -25,6 +25,26 @@ Verbose = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.", rich_help_panel=_LOOK)]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")]
+Model = Annotated[str | None, typer.Option(help="Folder or hub id.")]
+Data = Annotated[str | None, typer.Option(help="File, folder or hub id.")]
+Budget = Annotated[str | None, typer.Option(help="0.5%, 120k, 1.2M, '12 modules' or rank:64.")]
+Kinds = Annotated[str | None, typer.Option(help="E.g. lora,serial_adapter.")]
+Task = Annotated[str | None, typer.Option(help="See `prunepeft ls tasks`.")]
+Metric = Annotated[str | None, typer.Option(help="See `prunepeft ls metrics`.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_RUN)]
+Precision = Annotated[str | None, typer.Option(help="auto, fp32 or bf16.", rich_help_panel=_RUN)]
+Backend = Annotated[str | None, typer.Option(help="serial, process or ray.", rich_help_panel=_RUN)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run folder.", rich_help_panel=_RUN)
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what would run.", rich_help_panel=_RUN)
+]
+Offline = Annotated[bool, typer.Option("--offline", help="No network.", rich_help_panel=_RUN)]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the model's own code.", rich_help_panel=_RUN),
+]
 
 
 class Resume(StrEnum):
@@ -32,6 +52,11 @@ class Resume(StrEnum):
 
     AUTO = "auto"
     NEVER = "never"
+
+
+ResumeFlag = Annotated[
+    Resume, typer.Option(help="Go on where an interrupted run ended.", rich_help_panel=_RUN)
+]
 
 
 @dataclass(frozen=True)
@@ -69,42 +94,24 @@ def add_run_command(
                 help="YAML file (see `prunepeft init`) and settings such as train.lr=1e-4.",
             ),
         ] = None,
-        model: Annotated[str | None, typer.Option(help="Folder or hub id.")] = None,
-        data: Annotated[str | None, typer.Option(help="File, folder or hub id.")] = None,
-        budget: Annotated[
-            str | None, typer.Option(help="0.5%, 120k, 1.2M, '12 modules' or rank:64.")
-        ] = None,
-        kinds: Annotated[str | None, typer.Option(help="E.g. lora,serial_adapter.")] = None,
-        task: Annotated[str | None, typer.Option(help="See `prunepeft ls tasks`.")] = None,
-        metric: Annotated[str | None, typer.Option(help="See `prunepeft ls metrics`.")] = None,
+        model: Model = None,
+        data: Data = None,
+        budget: Budget = None,
+        kinds: Kinds = None,
+        task: Task = None,
+        metric: Metric = None,
         method: Annotated[str | None, typer.Option(help="See `prunepeft ls methods`.")] = None,
         baseline: Annotated[str | None, typer.Option(help="none, lora or lora-all.")] = None,
         output: Annotated[str | None, typer.Option(help="Run folder.")] = None,
         seed: Annotated[str | None, typer.Option(help="Whole number from 0.")] = None,
-        device: Annotated[
-            str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_RUN)
-        ] = None,
-        precision: Annotated[
-            str | None, typer.Option(help="auto, fp32 or bf16.", rich_help_panel=_RUN)
-        ] = None,
-        resume: Annotated[
-            Resume, typer.Option(help="Go on where an interrupted run ended.", rich_help_panel=_RUN)
-        ] = Resume.AUTO,
-        overwrite: Annotated[
-            bool, typer.Option("--overwrite", help="Replace the run folder.", rich_help_panel=_RUN)
-        ] = False,
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Only say what would run.", rich_help_panel=_RUN)
-        ] = False,
-        offline: Annotated[
-            bool, typer.Option("--offline", help="No network.", rich_help_panel=_RUN)
-        ] = False,
-        trust_remote_code: Annotated[
-            bool,
-            typer.Option(
-                "--trust-remote-code", help="Run the model's own code.", rich_help_panel=_RUN
-            ),
-        ] = False,
+        device: Device = None,
+        precision: Precision = None,
+        backend: Backend = None,
+        resume: ResumeFlag = Resume.AUTO,
+        overwrite: Overwrite = False,
+        dry_run: DryRun = False,
+        offline: Offline = False,
+        trust_remote_code: TrustRemoteCode = False,
         json_out: Json = False,
         verbose: Verbose = 0,
         quiet: Quiet = False,
@@ -123,6 +130,7 @@ def add_run_command(
             "seed": seed,
             "device": device,
             "precision": precision,
+            "backend": backend,
             "offline": offline or None,
             "trust_remote_code": trust_remote_code or None,
         }

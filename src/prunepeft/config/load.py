@@ -11,6 +11,7 @@ from prunepeft.config.model import RunConfig
 from prunepeft.config.yaml_text import parse_yaml, read_yaml
 from prunepeft.errors import ConfigError, PrunePeftError
 
+_SWITCHED = ("ist",)  # groups that `name=on` switches on
 _MEANT = {
     "int_": "a whole number",
     "float_": "a number",
@@ -47,6 +48,9 @@ def load_config(
             f"{source}: trust_remote_code is not read from files, because they may come from "
             "others; give --trust-remote-code on the command line if you trust the model's code."
         )
+    for name in _SWITCHED:
+        if not isinstance(settings.get(name, {}), dict):
+            settings[name] = {"enabled": settings[name]}
     for text in overrides:
         key, value = parse_override(text)
         _put(settings, key, value, text)
@@ -99,6 +103,9 @@ def _put(settings: dict[str, Any], key: str, value: Any, text: str) -> None:
                 f"{text!r} cannot be set: {'.'.join(parents[:done])} is {inner!r}, not a group."
             )
         place = inner
+    if not parents and leaf in _SWITCHED and not isinstance(value, Mapping):
+        place = place.setdefault(leaf, {})  # ist=on, perhaps after ist.beta=0
+        leaf = "enabled"
     place[leaf] = value
 
 

@@ -2,7 +2,17 @@
 
 from typing import Literal
 
-from prunepeft.config.fields import Count, FullShare, NotNegative, Pair, Positive, Scope, Share
+from prunepeft.config.fields import (
+    Count,
+    Factor,
+    FullShare,
+    NotNegative,
+    Pair,
+    Positive,
+    Ratio,
+    Scope,
+    Share,
+)
 from prunepeft.config.sections import Section, about
 
 
@@ -27,7 +37,7 @@ class LightPeftSettings(Section):
 
 
 class BlackBoxSettings(Section):
-    """How methods that train one placement after another search: random, asha and evolution."""
+    """How autopeft, random, asha and evolution search: they train one placement after another."""
 
     n_trials: Count = about(27, "placements tried; asha trains the better ones again")
     fidelity: FullShare = about(
@@ -42,6 +52,13 @@ class BlackBoxSettings(Section):
     )
     population: Pair = about(12, "evolution: placements alive at a time; the oldest dies")
     sample: Count = about(4, "evolution: of so many, drawn at random, the best is the parent")
+    initial: Pair | None = about(
+        None, "autopeft: random placements at the start; null: a third of n_trials"
+    )
+    batch: Count = about(4, "autopeft: placements proposed from one surrogate")
+    surrogate: Literal["map-saas", "nuts", "gp"] = about(
+        "map-saas", "autopeft: sparse prior at its mode, or sampled (slow), or a plain kernel"
+    )
 
 
 class SMamSettings(Section):
@@ -69,3 +86,62 @@ class S3DeltaSettings(Section):
     logit_lr: Positive = about(0.1, "learning rate of the gates' logits; falls to zero")
     beta: Positive = about(1.0, "temperature of the gates")
     max_grad_norm: Positive = about(2.0, "gradients of the logits are scaled down to this norm")
+
+
+class BipeftSettings(Section):
+    """How method bipeft searches, in one training as long as the search section says."""
+
+    arch_lr: Positive = about(0.01, "learning rate of the logits of presence and dimensions")
+    prune_steps: Count | None = about(
+        None, "fires in which the budget is reached; null: from the length of the search, up to 100"
+    )
+    threshold: FullShare = about(0.85, "how alike selections must be for pruning to fire")
+    begin: Share = about(0.2, "share of the search before pruning may fire")
+    tau_first: Positive = about(5.0, "temperature of the samples at the start")
+    tau_last: Positive = about(1.0, "and at the end")
+    criterion: Literal["mixed", "weights", "structure", "sum", "agreed"] = about(
+        "mixed", "sensitivity of a module: from rows of the weights, of the structure, or both"
+    )
+    window: Count = about(5, "earlier selections that a new one is compared with")
+    decay: Share = about(0.85, "smoothing of the sensitivity")
+    dimensions: Count = about(4, "sizes made of one by halving it; 1: only presence is searched")
+    l1: NotNegative = about(
+        0.0, "factor of the mean distance of logits and their softmax in the loss"
+    )
+
+
+class AllocateSettings(Section):
+    """How eva, gora, fisher, lora_drop, kappatune and adalora give out ranks after one look."""
+
+    batches: Count = about(64, "eva, gora, fisher: batches of training rows looked at, at most")
+    max_factor: Factor | None = about(
+        None, "largest rank, in times the uniform one; null: the method's own"
+    )
+    min_factor: Ratio = about(0.5, "gora: smallest rank, in times the uniform one, rounded down")
+    warm_head: bool = about(True, "gora, fisher: train the task head alone first")
+    tau: Ratio = about(0.99, "eva: cosine at which the directions of a layer are settled")
+    keep: FullShare | None = about(
+        None, "kappatune: share of the modules, lora_drop: of the importance, that stays"
+    )
+
+
+class IstSection(Section):
+    """Train the result with IST: a few layers in each step. `ist=on` is short for enabled."""
+
+    enabled: bool = about(False, "train a few layers in each step; ist=on for short")
+    layers: FullShare = about(0.25, "share of the layers with modules that train in a step")
+    suppressed: FullShare = about(0.5, "share of the layers that a trial turns down")
+    beta: Share = about(0.25, "what is left of modules that are turned down; 0 hides them")
+    every: Count = about(10, "optimiser steps between two updates of the layers' scores")
+    trials: Count = about(3, "sets of layers tried in an update")
+    score_lr: Positive = about(10.0, "learning rate of the scores")
+    probe_rows: Count = about(16, "training rows on which an update's trials run")
+    reward: Literal["exp", "relative"] = about(
+        "exp", "of a trial: e^-loss as released, or over the best trial's, for large losses"
+    )
+    sampling: Literal["importance", "uniform"] = about(
+        "importance", "important layers train more often, or all alike (the control RST)"
+    )
+    optimizer_state: Literal["keep", "offload", "drop"] = about(
+        "keep", "of layers that do not train: kept, moved to the host's memory, or dropped"
+    )

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from prunepeft.budget import Budget
 from prunepeft.config.fields import (
+    Count,
     Kinds,
     Method,
     Options,
@@ -17,7 +18,10 @@ from prunepeft.config.fields import (
     Text,
 )
 from prunepeft.config.methods import (
+    AllocateSettings,
+    BipeftSettings,
     BlackBoxSettings,
+    IstSection,
     LightPeftSettings,
     S3DeltaSettings,
     SMamSettings,
@@ -60,6 +64,12 @@ class RunConfig(Section):
     base_ratio: Share = about(
         0.0, "share of the frozen model's attention heads and feed-forward neurons to remove"
     )
+    backend: Literal["serial", "process", "ray"] = about(
+        "serial", "where black-box trials run: in turn, in processes, or on Ray; same results"
+    )
+    workers: Count | None = about(None, "trials at a time of backend process or ray; null: 2")
+    ray_address: Text | None = about(None, "Ray cluster to join; null: a local one")
+    cache: Text | None = about(None, "folder in which runs share finished trials")
     offline: bool = about(False, "never ask the network")
     trust_remote_code: bool = Field(
         False, description="run code that comes with the model (command line only)", exclude=True
@@ -71,6 +81,9 @@ class RunConfig(Section):
     black_box: BlackBoxSettings = Field(default_factory=BlackBoxSettings)
     smam: SMamSettings = Field(default_factory=SMamSettings)
     s3delta: S3DeltaSettings = Field(default_factory=S3DeltaSettings)
+    bipeft: BipeftSettings = Field(default_factory=BipeftSettings)
+    allocate: AllocateSettings = Field(default_factory=AllocateSettings)
+    ist: IstSection = Field(default_factory=IstSection)
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -80,6 +93,7 @@ class RunConfig(Section):
                 "takes ratio=0.3 instead)"
             )
         self._check_sections()
+        self._check_backend()
         if self.base_ratio and self.arch is not None:
             raise ConfigError(
                 "arch.json fits the base model it was made on, so base_ratio cannot cut that "
@@ -102,7 +116,9 @@ class RunConfig(Section):
         return self
 
     def _check_sections(self) -> None:
-        """Refuse settings of the base or of Light-PEFT that this method does not read."""
+        """Refuse settings of the base, of Light-PEFT or of IST that nothing reads."""
+        if not self.ist.enabled and self.ist != IstSection():
+            raise ConfigError("ist.* is read with ist=on alone; add ist=on, or leave it out")
         own, base = LightPeftSettings(), BaseSettings()
         if self.method == "light-peft":
             unread = ("method", "epochs", "fidelity", "rank", "every")
@@ -117,6 +133,19 @@ class RunConfig(Section):
             raise ConfigError(
                 "light_peft.* is read by method=light-peft alone; leave it out, or give "
                 "method=light-peft"
+            )
+
+    def _check_backend(self) -> None:
+        """Refuse settings that the backend does not read."""
+        if self.workers is not None and self.backend == "serial":
+            raise ConfigError(
+                "workers says how many trials run at a time, and backend serial runs one; give "
+                "backend=process or ray, or leave workers out"
+            )
+        if self.ray_address is not None and self.backend != "ray":
+            raise ConfigError(
+                f"ray_address is read by backend=ray alone, and backend is {self.backend}; give "
+                "backend=ray, or leave ray_address out"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,6 +32,9 @@ KIND_NAMES = (
 KIND_PRESETS = {
     "mam": ("prefix", "parallel_adapter"),  # He et al., 2021, arXiv 2110.04366
     "unipelt": ("lora", "prefix", "serial_adapter"),  # Mao et al., 2021, arXiv 2110.07577
+    # Chang et al., 2024, arXiv 2410.09079: its two search spaces
+    "bipeft-s1": ("lora", "low_rank_adapter", "bitfit", "lnfit"),
+    "bipeft-s2": ("serial_adapter", "parallel_adapter", "prefix"),
 }
 PAPER_CRITERION_NAMES = (
     "minimum_weight",
@@ -45,11 +48,19 @@ CRITERION_NAMES = (*PAPER_CRITERION_NAMES, "snip_mean", "gradient_mean", "thresh
 METHOD_NAMES = (
     "prunepeft",
     "light-peft",
+    "autopeft",
     "smam",
     "s3delta",
+    "bipeft",
     "random",
     "asha",
     "evolution",
+    "eva",
+    "gora",
+    "fisher",
+    "lora_drop",
+    "kappatune",
+    "adalora",
 )
 # How the frozen model is made smaller: trained masks, or criteria on a gradual schedule.
 BASE_METHOD_NAMES = (

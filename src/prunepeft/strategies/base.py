@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from prunepeft.backends.base import Backend, Serial
 from prunepeft.budget import Fidelity
 from prunepeft.errors import BudgetError
 from prunepeft.evaluate import Evaluator, Scored, Tried
@@ -33,6 +34,7 @@ class Problem:
         metric: Name of the validation metric that decides.
         greater_is_better: Its direction.
         batch_size: Rows of one optimiser step.
+        backend: Where independent trials run.
     """
 
     space: SearchSpace
@@ -47,6 +49,7 @@ class Problem:
     metric: str = ""
     greater_is_better: bool = True
     batch_size: int = 16
+    backend: Backend = field(default_factory=Serial)
 
     def cost(self, placement: Placement) -> int:
         """Cost of a placement in the budget's unit."""
@@ -111,11 +114,13 @@ class Strategy(ABC):
         name: Registered name.
         section: Section of the configuration whose keys are its fields.
         cuts_base: Whether it takes heads and neurons out of the base model itself.
+        has_trials: Whether it trains placements that do not depend on each other.
     """
 
     name: ClassVar[str]
     section: ClassVar[str] = "search"
     cuts_base: ClassVar[bool] = False
+    has_trials: ClassVar[bool] = False
 
     def check(self, problem: Problem) -> None:
         """Raise an error if it is clear before any training that the search must fail."""
