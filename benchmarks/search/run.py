@@ -77,12 +77,12 @@ class Bench:
     def _tune(self, task: str, rate: float) -> dict[str, Any]:
         place = self._place(task, TUNED, rate)
         config = self._config(task, TUNED, rate)
-        return _record(run_own(config, TUNED, self.suite["tuning_seed"], place), rate)
+        return self._record(run_own(config, TUNED, self.suite["tuning_seed"], place), rate)
 
     def _own(self, task: str, method: str, seed: int) -> dict[str, Any]:
         rate = self.best_rate(task)
         place, config = self._place(task, method, rate), self._config(task, method, rate)
-        return _record(run_own(config, method, seed, place), rate)
+        return self._record(run_own(config, method, seed, place), rate)
 
     def _equal(self, task: str, method: str, seed: int) -> dict[str, Any]:
         rate = self.best_rate(task)
@@ -90,10 +90,11 @@ class Bench:
             self._cell(cell_name(task, "own", m, seed)) for m in (method, self.suite["reference"])
         )
         place, config = self._place(task, method, rate), self._config(task, method, rate)
-        return _record(run_equal(config, own, reference, place), rate)
+        return self._record(run_equal(config, own, reference, place), rate)
 
     def _cell(self, name: str) -> Cell:
-        return Cell.from_dict(self.results.get(name)["result"])
+        found = self.results.get(name)["result"]
+        return Cell.from_dict(found | {"run": str(self.cache / found["run"])})
 
     def _config(self, task: str, method: str, rate: float) -> RunConfig:
         suite = self.suite
@@ -126,6 +127,17 @@ class Bench:
         """Folder of run folders, another one for other settings."""
         return self.cache / f"{task}-{digest(self._common(task, method) | {'rate': rate})}"
 
+    def _record(self, cell: Cell, rate: float) -> dict[str, Any]:
+        """The cell, with its run folder inside the cache, and what the table says about the run."""
+        place = Path(cell.run).relative_to(self.cache)
+        found: dict[str, Any] = cell.to_dict() | {"lr": rate, "run": str(place)}
+        if cell.metric is not None:
+            result = read_json(RunFolder(cell.run).result_file)
+            found["limit"] = result["budget"]["limit"]
+            found |= {k: result["task"][k] for k in ("n_train", "n_validation")}
+            found["modules"] = {m["id"]: m["size"] for m in result["placement"]["modules"]}
+        return found
+
 
 def methods_of(suite: dict[str, Any]) -> Sequence[str]:
     """The reference, then all registered methods and plain LoRA, less what is left out."""
@@ -141,17 +153,6 @@ def cell_name(task: str, cost: str, method: str, seed: int) -> str:
 def tuning_name(task: str, rate: float) -> str:
     """The same for a learning rate."""
     return f"{task}/tune-{rate:g}"
-
-
-def _record(cell: Cell, rate: float) -> dict[str, Any]:
-    """The cell, and what the table says about its run."""
-    found: dict[str, Any] = cell.to_dict() | {"lr": rate}
-    if cell.metric is not None:
-        result = read_json(RunFolder(cell.run).result_file)
-        found["limit"] = result["budget"]["limit"]
-        found |= {k: result["task"][k] for k in ("n_train", "n_validation")}
-        found["modules"] = {m["id"]: m["size"] for m in result["placement"]["modules"]}
-    return found
 
 
 def main() -> None:

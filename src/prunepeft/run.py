@@ -95,6 +95,11 @@ def prune_base(
             "prune-base needs the share of heads and neurons to remove: give ratio=0.3, more than "
             "0 and less than 1."
         )
+    if config.ist.enabled:
+        raise ConfigError(
+            "prune-base trains no modules that stay, so ist=on says nothing to it; give it to the "
+            "search on the smaller base instead."
+        )
     if dry_run:
         return check(config, base_output_of(config))
     return _work(_prune_base, config, resume, overwrite, command, progress)

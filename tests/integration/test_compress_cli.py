@@ -333,6 +333,7 @@ def test_merge_refuses_what_does_not_fit(call: Any, tmp_path: Path) -> None:
         ((a, a, "--weights", "1,x"), "weights"),
         ((a, a, "--weights", "1,-1"), "positive"),
         ((a, a, "--trim", "0"), "trim"),
+        ((a, a, "--trim", "0.3", "--method", "sum"), "sum trims nothing"),
         ((a, a, "--scale", "nan"), "scale"),
         ((half, half, "--scale", "1e9"), "too large for torch.float16"),
     ]

@@ -201,6 +201,7 @@ def test_a_pruned_base_opens_where_prunepeft_is_not_installed(world):
         ({"ratio": 0.01}, "nearest"),
         ({"ratio": 0.5, "base": {"method": "loraprun"}}, "loraprune"),
         ({"ratio": 0.5, "base": {"scope": "global"}}, "base.stock=false"),
+        ({"ratio": 0.5, "ist": "on"}, "ist=on says nothing"),
     ],
 )
 def test_wrong_settings_end_in_one_error_and_no_folder(world, settings, words):

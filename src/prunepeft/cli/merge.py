@@ -40,8 +40,9 @@ def merge(
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor of what is merged.")] = 1.0,
     trim: Annotated[
-        float, typer.Option(help="Share that ties keeps of adapters not compressed before.")
-    ] = 0.2,
+        float | None,
+        typer.Option(help="Share that ties keeps of adapters not compressed before; default 0.2."),
+    ] = None,
     json_out: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,

@@ -47,7 +47,7 @@ def merge_adapters(
     method: str = "ties",
     weights: Sequence[float] | None = None,
     scale: float = 1.0,
-    trim: float = TRIM,
+    trim: float | None = None,
 ) -> dict[str, Any]:
     """Merge adapters into one ordinary adapter folder.
 
@@ -61,11 +61,11 @@ def merge_adapters(
         method: `ties`, `sum` or `average`.
         weights: One per adapter; default 1 each.
         scale: Factor of the merged task vector.
-        trim: Share of a task vector that was not compressed which TIES keeps.
+        trim: Share of a task vector that was not compressed which TIES keeps; default 0.2.
     Raises:
         ConfigError: if the adapters do not hold the same modules or a setting is not allowed.
     """
-    weights = _check(adapters, method, weights, trim)
+    weights, trim = _check(adapters, method, weights, trim)
     if not np.isfinite(scale):
         raise ConfigError(f"scale must be a finite number; got {scale!r}.")
     experts = [_read(path) for path in adapters]
@@ -74,7 +74,7 @@ def merge_adapters(
     _check_alike(experts, adapters)
     starts, values = _common_start(experts)
     names = sorted(starts)
-    vectors = [_vector(e, names, values, trim if method == "ties" else 1.0) for e in experts]
+    vectors = [_vector(e, names, values, trim) for e in experts]
     if method == "ties":
         merged = ties_merge(vectors, weights)
     else:
@@ -126,8 +126,9 @@ def _read(path: Path | str) -> _Expert:
 
 
 def _check(
-    adapters: Sequence[Path | str], method: str, weights: Sequence[float] | None, trim: float
-) -> list[float]:
+    adapters: Sequence[Path | str], method: str, weights: Sequence[float] | None, trim: float | None
+) -> tuple[list[float], float]:
+    """The weights and the share that stays, with their defaults."""
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     if len(adapters) < 2:
@@ -141,9 +142,13 @@ def _check(
     if not all(np.isfinite(w) for w in weights) or (method != "sum" and min(weights) <= 0):
         rule = "finite" if method == "sum" else "positive"
         raise ConfigError(f"the weights of method {method} must be {rule}; got {weights}.")
+    if method != "ties" and trim is not None:
+        raise ConfigError(f"method {method} trims nothing; leave trim out, or use method ties.")
+    if trim is None:
+        trim = TRIM if method == "ties" else 1.0
     if not 0 < trim <= 1:
         raise ConfigError(f"trim must be a share in (0, 1]; got {trim!r}.")
-    return weights
+    return weights, trim
 
 
 def _check_alike(experts: Sequence[_Expert], paths: Sequence[Path | str]) -> None:
