@@ -8,7 +8,8 @@ Start it in as many processes as there are cores; they share the work. Stop and 
 import argparse
 import functools
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,13 @@ class Bench:
     def _tune(self, task: str, rate: float) -> dict[str, Any]:
         place = self._place(task, TUNED, rate)
         config = self._config(task, TUNED, rate)
-        return self._record(run_own(config, TUNED, self.suite["tuning_seed"], place), rate)
+        seed = self.suite["tuning_seed"]
+        return self._record(lambda: run_own(config, TUNED, seed, place), rate)
 
     def _own(self, task: str, method: str, seed: int) -> dict[str, Any]:
         rate = self.best_rate(task)
         place, config = self._place(task, method, rate), self._config(task, method, rate)
-        return self._record(run_own(config, method, seed, place), rate)
+        return self._record(lambda: run_own(config, method, seed, place), rate)
 
     def _equal(self, task: str, method: str, seed: int) -> dict[str, Any]:
         rate = self.best_rate(task)
@@ -90,7 +92,7 @@ class Bench:
             self._cell(cell_name(task, "own", m, seed)) for m in (method, self.suite["reference"])
         )
         place, config = self._place(task, method, rate), self._config(task, method, rate)
-        return self._record(run_equal(config, own, reference, place), rate)
+        return self._record(lambda: run_equal(config, own, reference, place), rate)
 
     def _cell(self, name: str) -> Cell:
         found = self.results.get(name)["result"]
@@ -127,10 +129,19 @@ class Bench:
         """Folder of run folders, another one for other settings."""
         return self.cache / f"{task}-{digest(self._common(task, method) | {'rate': rate})}"
 
-    def _record(self, cell: Cell, rate: float) -> dict[str, Any]:
-        """The cell, with its run folder inside the cache, and what the table says about the run."""
+    def _record(self, run: Callable[[], Cell], rate: float) -> dict[str, Any]:
+        """The cell, with its run folder inside the cache, and what the table says about the run.
+
+        Processor seconds are those of this process, which has one thread: other work on the machine
+        hardly changes them. They hold loading and the report as well, and are too few if the run
+        had been begun before.
+        """
+        began = time.process_time()
+        cell = run()
+        spent = time.process_time() - began
         place = Path(cell.run).relative_to(self.cache)
         found: dict[str, Any] = cell.to_dict() | {"lr": rate, "run": str(place)}
+        found["processor_seconds"] = round(spent, 2)
         if cell.metric is not None:
             result = read_json(RunFolder(cell.run).result_file)
             found["limit"] = result["budget"]["limit"]
