@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunepeft.criteria import CRITERIA, PAPER_CRITERIA, Criterion, Record, needs_of, score_units
-from prunepeft.criteria.base import NEEDS
+from prunepeft.criteria.base import NEEDS, RECORDED
 from prunepeft.criteria.magnitude import Threshold, ThresholdRelative
 from prunepeft.errors import ConfigError, StateError, UnknownNameError
 from prunepeft.testing.criteria import CriterionContract, make_record
@@ -30,7 +30,7 @@ class Fixed(Criterion):
 
 def test_paper_criteria_are_registered_in_order() -> None:
     assert CRITERIA.names()[:6] == PAPER_CRITERIA
-    assert set(CRITERIA.names()[6:]) == {"snip_mean", "gradient_mean", "threshold_relative"}
+    assert set(CRITERIA.names()[6:]) == {"snip_mean", "gradient_mean", "threshold_relative", "ist"}
 
 
 def test_unknown_criterion_is_named_with_the_closest() -> None:
@@ -41,7 +41,8 @@ def test_unknown_criterion_is_named_with_the_closest() -> None:
 def test_needs_are_joined() -> None:
     assert needs_of(["zeros"]) == {"weights"}
     assert needs_of(["gradient", "activation"]) == {"gradients", "outputs"}
-    assert needs_of(PAPER_CRITERIA) == NEEDS
+    assert needs_of(PAPER_CRITERIA) == RECORDED
+    assert needs_of([*PAPER_CRITERIA, "ist"]) == NEEDS
 
 
 def test_score_units_names_units() -> None:

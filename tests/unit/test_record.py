@@ -201,7 +201,8 @@ def test_step_outside_is_refused() -> None:
 
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match="cannot record hessians; allowed: gradients, outputs, weights"
+        ConfigError,
+        match="cannot record hessians; allowed: gradients, outputs, suppression, weights",
     ):
         Recorder({}, needs={"hessians"})
     with pytest.raises(ConfigError, match="output_every must be 1 or more; got 0"):

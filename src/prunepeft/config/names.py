@@ -44,7 +44,13 @@ PAPER_CRITERION_NAMES = (
     "snip",
     "gradient",
 )
-CRITERION_NAMES = (*PAPER_CRITERION_NAMES, "snip_mean", "gradient_mean", "threshold_relative")
+CRITERION_NAMES = (
+    *PAPER_CRITERION_NAMES,
+    "snip_mean",
+    "gradient_mean",
+    "threshold_relative",
+    "ist",
+)
 METHOD_NAMES = (
     "prunepeft",
     "light-peft",

@@ -3,6 +3,7 @@
 from prunepeft.criteria.activation import Activation
 from prunepeft.criteria.base import CRITERIA, Criterion, Record, needs_of, score_units
 from prunepeft.criteria.gradient import Gradient, GradientMean, Snip, SnipMean
+from prunepeft.criteria.layer_importance import Ist
 from prunepeft.criteria.magnitude import MinimumWeight, Threshold, ThresholdRelative, Zeros
 
 CRITERIA.register(MinimumWeight.name, MinimumWeight())
@@ -14,6 +15,7 @@ CRITERIA.register(Gradient.name, Gradient())
 CRITERIA.register(SnipMean.name, SnipMean())
 CRITERIA.register(GradientMean.name, GradientMean())
 CRITERIA.register(ThresholdRelative.name, ThresholdRelative())
+CRITERIA.register(Ist.name, Ist())
 
 PAPER_CRITERIA = ("minimum_weight", "zeros", "threshold", "activation", "snip", "gradient")
 

@@ -15,7 +15,8 @@ from prunepeft.registry import Registry
 
 logger = logging.getLogger(__name__)
 
-NEEDS = frozenset({"weights", "gradients", "outputs"})
+RECORDED = frozenset({"weights", "gradients", "outputs"})  # by looking on alone
+NEEDS = RECORDED | {"suppression"}
 _EMPTY = torch.empty(0)
 
 
@@ -33,6 +34,7 @@ class Record:
         abs_weight_grad_mean: Mean of |w * g| over steps and weights, (N,).
         output_abs_mean: Mean of |output| over the sampled forward passes, (N,).
         init_rms: Root mean square of the unit's weights before the first step, (N,).
+        layer_importance: Of the unit's layer, in (0, 1), 0.5 where nothing is known, (N,).
         steps: Optimiser steps, at least one.
     Raises:
         StateError: if there was no step, or if a field does not describe all units.
@@ -45,6 +47,7 @@ class Record:
     abs_weight_grad_mean: Tensor = _EMPTY
     output_abs_mean: Tensor = _EMPTY
     init_rms: Tensor = _EMPTY
+    layer_importance: Tensor = _EMPTY
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +70,7 @@ class Record:
             "weights": self.weights,
             "gradients": self.grad_sum,
             "outputs": self.output_abs_mean,
+            "suppression": self.layer_importance,
         }
         return frozenset(name for name, value in found.items() if len(value) == len(self.units))
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunepeft.criteria.base import NEEDS, Record, unit_means
+from prunepeft.criteria.base import NEEDS, RECORDED, Record, unit_means
 from prunepeft.errors import ConfigError, StateError
 
 
@@ -29,18 +29,30 @@ class Observable(Protocol):
     observer: Callable[[Module, Tensor, Tensor], None] | None
 
 
+class Trials(Protocol):
+    """What judges layers by turning them down, see `sparse_tuning.LayerTrials`."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def reset(self) -> None: ...
+    def step(self) -> None: ...
+    def importance(self, units: Mapping[str, Sequence[nn.Parameter]]) -> Tensor: ...
+
+
 class Recorder:
     """Records what criteria need while a model trains; a context manager.
 
     Call `step()` once per optimiser step, between backward and `optimizer.step()`, when the
     gradients of all micro-batches are summed. With a loss scaler, call it after unscaling and
-    only for steps that are not skipped. `step()` never waits for the device.
+    only for steps that are not skipped. `step()` waits for the device only where `suppression` is
+    needed, whose trials read losses.
 
     Args:
         units: Unit id -> its trainable parameters over all tied sites.
         layers: Layers to watch for outputs; a module counts for the unit of its `slot_id`.
         needs: What to collect, a subset of `NEEDS`.
         output_every: Outputs are sampled in the first and second step, then every so many steps.
+        trials: What turns layers down, where `suppression` is needed.
     Raises:
         ConfigError: if `needs` or `output_every` is not allowed.
     Example:
@@ -56,8 +68,9 @@ class Recorder:
         self,
         units: Mapping[str, Sequence[nn.Parameter]],
         layers: Sequence[Observable] = (),
-        needs: Collection[str] = NEEDS,
+        needs: Collection[str] = RECORDED,
         output_every: int = 4,
+        trials: Trials | None = None,
     ) -> None:
         if unknown := sorted(set(needs) - NEEDS):
             raise ConfigError(
@@ -65,10 +78,15 @@ class Recorder:
             )
         if output_every < 1:
             raise ConfigError(f"output_every must be 1 or more; got {output_every}.")
+        if "suppression" in needs and trials is None:
+            raise ConfigError(
+                "suppression needs the whole model; make the recorder with Recorder.for_net."
+            )
         self.units = {unit: tuple(parameters) for unit, parameters in units.items()}
         self.layers = tuple(layers)
         self.needs = frozenset(needs)
         self.output_every = output_every
+        self.trials = trials if "suppression" in needs else None
         self._recording = False
         self._init_rms = torch.empty(0)
         self._sums: list[_GradientSums] = []
@@ -76,15 +94,17 @@ class Recorder:
 
     @classmethod
     def for_net(
-        cls, net: nn.Module, needs: Collection[str] = NEEDS, output_every: int = 4
+        cls, net: nn.Module, needs: Collection[str] = RECORDED, output_every: int = 4
     ) -> "Recorder":
         """Recorder of all modules of a supernet."""
         # The supernet needs peft; recording plain modules does not.
+        from prunepeft.sparse_tuning.trials import LayerTrials
         from prunepeft.supernet.attach import slot_layers, slot_parameters
 
         units = {unit: tuple(named.values()) for unit, named in slot_parameters(net).items()}
         hosts = [layer for pairs in slot_layers(net).values() for layer, _ in pairs]
-        return cls(units, tuple(dict.fromkeys(hosts)), needs, output_every)
+        trials = LayerTrials(net) if "suppression" in needs else None
+        return cls(units, tuple(dict.fromkeys(hosts)), needs, output_every, trials)
 
     def __enter__(self) -> "Recorder":
         watched = self.layers if "outputs" in self.needs else ()
@@ -100,6 +120,8 @@ class Recorder:
             ).sqrt()
         for layer in watched:
             layer.observer = partial(self._observe, layer)
+        if self.trials is not None:
+            self.trials.start()
         return self
 
     def __exit__(
@@ -109,6 +131,8 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         self._recording = False
+        if self.trials is not None:
+            self.trials.stop()
         if "outputs" in self.needs:
             for layer in self.layers:
                 layer.observer = None
@@ -118,6 +142,8 @@ class Recorder:
         self.steps = 0
         self._sums = []
         self._outputs = _OutputSums(self.units)
+        if self.trials is not None:
+            self.trials.reset()
 
     def step(self) -> None:
         """Take the gradients of one optimiser step into the sums.
@@ -136,6 +162,8 @@ class Recorder:
             self._sums = self._sums or [_GradientSums(group) for group in _by_device(self.units)]
         for sums in self._sums:
             sums.add()
+        if self.trials is not None:
+            self.trials.step()
         self.steps += 1
 
     def read(self) -> Record:
@@ -154,6 +182,8 @@ class Recorder:
             collected |= {"abs_grad_mean": means[0], "abs_weight_grad_mean": means[1]}
         if self.steps and "outputs" in self.needs:
             collected["output_abs_mean"] = self._outputs.read()
+        if self.steps and self.trials is not None:
+            collected["layer_importance"] = self.trials.importance(self.units)
         if "weights" in self.needs:
             weights = tuple(tuple(unit) for unit in self._weights())
             collected |= {"weights": weights, "init_rms": self._init_rms}

@@ -101,7 +101,7 @@ class SparseTuning:
 
     def _loss(self, batch: Mapping[str, Any], chosen: tuple[int, ...]) -> float:
         """Loss with the modules of these layers turned down."""
-        return _loss_without(self.model, batch, [self.layers[i] for i in chosen], self.settings)
+        return loss_without(self.model, batch, [self.layers[i] for i in chosen], self.settings)
 
 
 def layer_importance(
@@ -129,12 +129,12 @@ def layer_importance(
     for sampler.step, batch in enumerate(batches):
         sets = sampler.trials()
         without = [[layers[i] for i in chosen] for chosen in sets]
-        sampler.update(sets, [_loss_without(model, batch, some, settings) for some in without])
+        sampler.update(sets, [loss_without(model, batch, some, settings) for some in without])
     scores = sampler.dispensability.tolist()
     return {layer.name: 0.0 - s for layer, s in zip(layers, scores, strict=True)}
 
 
-def _loss_without(
+def loss_without(
     model: nn.Module, batch: Mapping[str, Any], layers: Sequence[PeftLayer], settings: IstSettings
 ) -> float:
     """Loss with the modules of these layers turned down."""

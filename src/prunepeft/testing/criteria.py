@@ -28,8 +28,8 @@ def make_record(n_units: int = 5, *, seed: int = 0, needs: frozenset[str] = NEED
     weights, grads = tensors(), tensors()
     for i, unit in enumerate(weights):
         unit[1].view(-1)[: i + 1] = 0.0
-    gradient_means, sensitivity_means, outputs, rms = (
-        torch.rand(n_units, generator=draw, dtype=torch.float64) + 0.1 for _ in range(4)
+    gradient_means, sensitivity_means, outputs, rms, importance = (
+        torch.rand(n_units, generator=draw, dtype=torch.float64) + 0.1 for _ in range(5)
     )
     found = {}
     if "weights" in needs:
@@ -39,6 +39,8 @@ def make_record(n_units: int = 5, *, seed: int = 0, needs: frozenset[str] = NEED
         found |= {"abs_weight_grad_mean": sensitivity_means}
     if "outputs" in needs:
         found |= {"output_abs_mean": outputs}
+    if "suppression" in needs:
+        found |= {"layer_importance": importance}
     return Record(units=tuple(f"unit{i}" for i in range(n_units)), steps=3, **found)
 
 
