@@ -18,10 +18,10 @@ SETTINGS = IstSettings(reward="relative", every=4)
 class LayerTrials:
     """Turns layers down for a moment while a model trains, and learns what the loss says to it.
 
-    In the first and second optimiser step and then every `settings.every` steps (modules that start
-    as the identity say nothing in the first) the trials run on the batch that was just trained on (the last micro-batch of the step), without dropout and without
-    gradients; gradients and weights stay as they are. Under data parallel the losses of the main
-    process count.
+    The trials run in the first and second optimiser step (modules that start as the identity say
+    nothing in the first) and then every `settings.every` steps, on the batch that was just trained
+    on (the last micro-batch of the step), without dropout and without gradients; gradients and
+    weights stay as they are. Under data parallel the losses of the main process count.
 
     Args:
         model: With trainable PEFT modules, not wrapped for data parallel.
