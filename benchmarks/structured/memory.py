@@ -37,24 +37,24 @@ def main() -> None:
     torch.set_num_threads(1)
     shape, device = SHAPES.get(name, TINY), torch.device(kind)
     size = shape.sizes[kind]
-    _warm_up(device)
-    before = _reset(device)
+    warm_up(device)
+    before = reset(device)
     net, _ = make_net(shape, VARIANTS[variant], device)
     batch = torch.randint(0, VOCABULARY, (size.rows, size.tokens), device=device)
     found = {}
-    _reset(device)
+    reset(device)
     for _ in range(STEPS):
         infer(net.eval(), batch[:1])
     weights = sum(p.nbytes for p in net.parameters()) + sum(b.nbytes for b in net.buffers())
-    found["infer"] = {"peak": _peak(device) - before, "counted": weights}
+    found["infer"] = {"peak": peak(device) - before, "counted": weights}
     optimizer = make_optimizer(net.train())
-    _reset(device)
+    reset(device)
     for _ in range(STEPS):
         train_step(net, optimizer, batch)
-    peak = _peak(device) - before
+    top = peak(device) - before
     trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
     counted = weights + 3 * trained + saved_bytes(net, optimizer, batch)
-    found["train"] = {"peak": peak, "counted": counted}
+    found["train"] = {"peak": top, "counted": counted}
     print(json.dumps(found))
 
 
@@ -74,13 +74,13 @@ def saved_bytes(net: PeftModel, optimizer: torch.optim.Optimizer, x: Tensor) -> 
     return sum(kept.values())
 
 
-def _warm_up(device: torch.device) -> None:
+def warm_up(device: torch.device) -> None:
     """What the first operations load is no part of a model."""
     x = torch.randn(64, 64, device=device, requires_grad=True)
     (x @ x).square().mean().backward()
 
 
-def _reset(device: torch.device) -> int:
+def reset(device: torch.device) -> int:
     """Start a new peak; returns the bytes held now."""
     gc.collect()
     if device.type == "cuda":
@@ -92,7 +92,7 @@ def _reset(device: torch.device) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
 
 
