@@ -10,18 +10,12 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
+from prunepeft.batches import derive_seed, n_steps
 from prunepeft.budget import Fidelity
 from prunepeft.data import subset
 from prunepeft.errors import OutOfMemoryError, PrunePeftError, StateError
 from prunepeft.evaluate import Target, Watcher
-from prunepeft.training import (
-    PhaseLog,
-    Phases,
-    derive_seed,
-    make_optimizer,
-    make_scheduler,
-    n_steps,
-)
+from prunepeft.training import PhaseLog, Phases, make_optimizer, make_scheduler
 
 logger = logging.getLogger(__name__)
 

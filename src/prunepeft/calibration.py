@@ -11,19 +11,13 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
+from prunepeft.batches import batch_indices, derive_seed, n_steps
 from prunepeft.errors import ConfigError
 from prunepeft.evaluate import Target
 from prunepeft.memory import peak_memory, reset_peak_memory
 from prunepeft.probes import Probe, Recorder
 from prunepeft.supernet.tuner import UnionConfig
-from prunepeft.training import (
-    Phases,
-    batch_indices,
-    derive_seed,
-    make_optimizer,
-    make_scheduler,
-    n_steps,
-)
+from prunepeft.training import Phases, make_optimizer, make_scheduler
 
 
 class BasePasses:

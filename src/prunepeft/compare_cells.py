@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunepeft import run
+from prunepeft.batches import n_steps
 from prunepeft.compare_settings import (
     NO_TRIALS,
     PLAIN,
@@ -27,7 +28,6 @@ from prunepeft.plan import Plan, make_plan, problem_of
 from prunepeft.processes import on_main
 from prunepeft.state import RunFolder, read_json
 from prunepeft.strategies import METHODS
-from prunepeft.training import n_steps
 
 logger = logging.getLogger(__name__)
 

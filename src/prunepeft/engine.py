@@ -14,6 +14,7 @@ from prunepeft.evaluate import Outcome, Target
 from prunepeft.full_training import first_seed
 from prunepeft.metrics import METRICS
 from prunepeft.plan import Plan, check_device
+from prunepeft.prefix_reuse import PrefixReuse
 from prunepeft.progress import Progress, SilentProgress
 from prunepeft.space import Placement
 from prunepeft.state import RunFolder
@@ -111,6 +112,9 @@ class Engine:
             device=device,
             bf16=self.bf16,
             progress=progress,
+            prefix=PrefixReuse(
+                int(self.plan.config.train.prefix_cache_gb * 1e9), self.folder.state_dir
+            ),
         )
 
     def _cache(self, device: str) -> TrialCache | None:

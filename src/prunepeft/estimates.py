@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from prunepeft.batches import n_steps
 from prunepeft.config import RunConfig
 from prunepeft.data import Splits
 from prunepeft.kinds import cost, count_params
@@ -13,7 +14,6 @@ from prunepeft.state import disk_free
 from prunepeft.strategies import Allocator
 from prunepeft.strategies.black_box import BlackBox
 from prunepeft.structured.cut import n_removed
-from prunepeft.training import n_steps
 
 
 def describe(plan: Plan) -> dict[str, Any]:

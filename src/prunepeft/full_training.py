@@ -5,11 +5,12 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from prunepeft.batches import derive_seed, n_steps
 from prunepeft.evaluate import Outcome, Target
 from prunepeft.resumable import Resumable
 from prunepeft.sparse_tuning import IstSettings, SparseTuning
 from prunepeft.supernet import n_trainable
-from prunepeft.training import Phases, derive_seed, make_optimizer, make_scheduler, n_steps
+from prunepeft.training import Phases, make_optimizer, make_scheduler
 
 
 def first_seed(seed: int) -> int:

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from prunepeft.criteria.record import Recorder
 from prunepeft.progress import Progress
+from prunepeft.row_states import NumberedRows, RowStates, skipping, split_states
 from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.tasks.base import IGNORED
 
@@ -22,14 +23,26 @@ class PhaseTrainer(Trainer):
 
     Batch normalisation keeps the statistics of the base model, which is frozen: no training leaves
     a trace in it, and none depends on those before it.
+
+    With states of the rows, the frozen layers below the lowest module do not run.
     """
 
     def __init__(
-        self, *args: Any, batches: list[list[int]], pieces: int = 1, **kwargs: Any
+        self,
+        *args: Any,
+        batches: list[list[int]],
+        pieces: int = 1,
+        states: RowStates | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._batches = batches
         self._pieces = pieces
+        self._states = states
+        if states is not None:
+            self.data_collator = states.collator(self.data_collator)
+            if self.eval_dataset is not None:
+                self.eval_dataset = NumberedRows(self.eval_dataset)
         # Else the Trainer counts no labels, or divides the loss by the number of pieces once more.
         self.model_accepts_loss_kwargs = True
         norms = nn.modules.batchnorm._BatchNorm
@@ -39,6 +52,8 @@ class PhaseTrainer(Trainer):
         rows = self.train_dataset
         if self._pieces > 1:
             rows = _EqualWidths(rows, self._batches, self._pieces)
+        if self._states is not None:
+            rows = NumberedRows(rows)
         return self.accelerator.prepare(
             DataLoader(rows, batch_sampler=self._batches, collate_fn=self.data_collator)
         )
@@ -61,7 +76,9 @@ class PhaseTrainer(Trainer):
         """The piece's part of the step's loss; in evaluation the mean over the batch."""
         for module in self._held:
             module.eval()
-        outputs = model(**inputs)
+        inputs, states = split_states(inputs)
+        with skipping(self._states, states):
+            outputs = model(**inputs)
         loss = outputs["loss"]
         if model.training and num_items_in_batch is not None:
             share = _n_labels(inputs["labels"]) / num_items_in_batch

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from prunepeft.batches import derive_seed
 from prunepeft.budget import Fidelity
 from prunepeft.candidates import LORA_ALL_ROLES, make_space
 from prunepeft.engine import Engine
@@ -23,7 +24,6 @@ from prunepeft.structured.lora_prune import GradualPruner, cut_of
 from prunepeft.structured.opening import CUT_KEY, record_base
 from prunepeft.structured.saving import save_base
 from prunepeft.tasks.loading import check_path
-from prunepeft.training import derive_seed
 
 LIGHT_PEFT = "light-peft"
 CRITERION_OF = {"loraprune": "lora"}  # other methods are named like their criterion

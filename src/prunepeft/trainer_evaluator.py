@@ -6,9 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
+from prunepeft.batches import derive_seed
 from prunepeft.brief_training import cost_of, measure_briefly, rows_at, train_briefly
 from prunepeft.budget import Fidelity
 from prunepeft.calibration import BasePasses
@@ -24,7 +26,7 @@ from prunepeft.structured.cut import Cut
 from prunepeft.structured.groups import find_groups
 from prunepeft.supernet import attach, detach, load_trainable_state, trainable_state
 from prunepeft.takeover import cut_and_keep, cut_and_merge
-from prunepeft.training import Phases, derive_seed
+from prunepeft.training import Phases
 from prunepeft.trial_cache import TrialCache
 from prunepeft.trials import FOUND, Trials
 
@@ -88,7 +90,7 @@ class TrainerEvaluator:
             return Scored(**found)
         rows = rows_at(self.phases, self.target, fidelity, seed)
         watcher = SaliencyWatcher(criteria)
-        with self._attached(placement, init_seed) as net:
+        with self._training(placement, init_seed, rows, fidelity.epochs, name) as net:
             if start:
                 load_trainable_state(net, self.trials.weights(start), strict=False)
             logs, _ = train_briefly(
@@ -150,7 +152,8 @@ class TrainerEvaluator:
             return kept
         key = call_key(self._trial(placement, fidelity, seed))
         rows = rows_at(self.phases, self.target, fidelity, seed)
-        with self._attached(placement, derive_seed(seed, "trial-init")) as net:
+        first = derive_seed(seed, "trial-init")
+        with self._training(placement, first, rows, fidelity.epochs, name) as net:
             found = measure_briefly(
                 net, self.phases, self.target, rows, fidelity.epochs, name, seed
             )
@@ -240,21 +243,13 @@ class TrainerEvaluator:
             if self.writes:  # a run killed after its entry was written still has its state
                 self._state_file(key).unlink(missing_ok=True)
             return Outcome(**found)
-        with self._attached(placement, first_seed(seed)) as net:
+        with self._training(placement, first_seed(seed), self.phases.train, epochs, name) as net:
             if start:
                 load_trainable_state(net, self.trials.weights(start))
-            run = train_fully(
-                net,
-                self.phases,
-                self.target,
-                self._state_file(key),
-                name,
-                seed=seed,
-                lr=lr,
-                ist=ist,
-                writes=self.writes,
-                on_event=self.on_event,
-            )
+            how = {"seed": seed, "lr": lr, "ist": ist}
+            how |= {"writes": self.writes, "on_event": self.on_event}
+            file = self._state_file(key)
+            run = train_fully(net, self.phases, self.target, file, name, **how)
             result = self.trials.keep(key, call, outcome_of(run, net, key), run.best)
         if self.writes:
             run.clear()
@@ -289,6 +284,14 @@ class TrainerEvaluator:
             yield net
         finally:
             detach(net)
+
+    @contextlib.contextmanager
+    def _training(
+        self, placement: Placement, seed: int, rows: Dataset, epochs: int, name: str
+    ) -> Iterator[PeftModel]:
+        """The same for a training in which frozen layers need not run, where that pays."""
+        with self._attached(placement, seed) as net, self.phases.reusing(net, rows, epochs, name):
+            yield net
 
     def _state_file(self, key: str) -> Path:
         return self.state_dir / f"train-{key}.safetensors"

@@ -6,13 +6,12 @@ what data parallel needs.
 """
 
 import copy
-import hashlib
-import itertools
 import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,19 @@ from torch import nn
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
+from prunepeft.batches import batch_indices
 from prunepeft.config import TrainSettings
 from prunepeft.criteria.record import Recorder
 from prunepeft.errors import ConfigError, OutOfMemoryError, StateError
 from prunepeft.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from prunepeft.phase_trainer import PhaseCallback, PhaseTrainer
+from prunepeft.prefix_reuse import PrefixReuse
 from prunepeft.progress import Progress
 from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.supernet import slot_parameters
 
 logger = logging.getLogger(__name__)
 
-MEGABATCH = 50
 MAX_HALVINGS = 4
 
 
@@ -47,42 +47,6 @@ class PhaseLog:
     steps: int
     seconds: float
     peak_memory_bytes: int
-
-
-def derive_seed(*parts: object) -> int:
-    """A 31-bit seed from these parts, the same on every machine."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:4]) >> 1
-
-
-def batch_indices(lengths: Sequence[int], batch: int, pieces: int, seed: int) -> list[list[int]]:
-    """Micro-batches of one epoch: shuffled, like lengths together, the last part batch dropped.
-
-    Args:
-        lengths: Tokens of each row, (n,).
-        batch: Rows of one optimiser step.
-        pieces: Micro-batches one step is cut into (accumulation times processes).
-        seed: Order.
-    Returns:
-        Lists of row indices, `pieces` consecutive lists to a step. Fewer rows than a batch are
-        one step.
-    """
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
-    size = min(batch, len(order))
-    span = size * MEGABATCH
-    grouped: list[int] = []
-    for start in range(0, len(order), span):
-        grouped += sorted(order[start : start + span], key=lambda i: -lengths[i])
-    steps = [grouped[i : i + size] for i in range(0, len(grouped) - size + 1, size)]
-    shuffle = torch.randperm(len(steps), generator=torch.Generator().manual_seed(seed + 1)).tolist()
-    cuts = [size * p // pieces for p in range(pieces + 1)]
-    spans = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
-    return [steps[i][a:b] for i in shuffle for a, b in spans]
-
-
-def n_steps(rows: int, batch: int) -> int:
-    """Optimiser steps of one epoch."""
-    return max(1, rows // batch)
 
 
 def make_optimizer(net: PeftModel, settings: TrainSettings, lr: float) -> torch.optim.Optimizer:
@@ -124,6 +88,7 @@ class Phases:
         device: `auto`, `cpu` or `cuda`.
         bf16: Whether to autocast to bfloat16.
         progress: Where progress goes.
+        prefix: Output of frozen layers that is kept; None runs all layers in every step.
     """
 
     train: Dataset
@@ -135,8 +100,23 @@ class Phases:
     device: str
     bf16: bool
     progress: Progress
+    prefix: PrefixReuse | None = None
     pieces: int = 1  # micro-batches per step and process; doubles when memory runs out
     eval_pieces: int = 1  # the same for a batch of evaluation
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a forward pass of training in one process."""
+        pieces = max(self.pieces, self.settings.gradient_accumulation)
+        return max(1, self.settings.batch_size // pieces)
+
+    def reusing(
+        self, net: nn.Module, rows: Dataset, epochs: int, name: str
+    ) -> AbstractContextManager[None]:
+        """Where it pays, frozen layers do not run in the phases inside; see `PrefixReuse.over`."""
+        if self.prefix is None:
+            return nullcontext()
+        return self.prefix.over(net, self, rows, epochs, name)
 
     def run(
         self,
@@ -183,6 +163,8 @@ class Phases:
         began = time.perf_counter()
         out = trainer.train()
         seconds = time.perf_counter() - began
+        if self.prefix is not None:
+            seconds += self.prefix.take_seconds()
         mine = torch.tensor(out.training_loss, dtype=torch.float64).to(trainer.args.device)
         loss = float(trainer.accelerator.reduce(mine, "mean"))
         if not math.isfinite(loss):
@@ -211,15 +193,17 @@ class Phases:
         )
 
     def _evaluate(self, net: PeftModel, rows: Dataset) -> dict[str, float]:
-        trainer = self._trainer(net, 0, None, None, None, None)
-        out = trainer.evaluate(rows, metric_key_prefix="eval")
+        trainer = self._trainer(net, 0, None, None, None, None, judged=rows)
+        out = trainer.evaluate(metric_key_prefix="eval")
         skip = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
         kept = {
             k: v for k, v in out.items() if k not in skip and not k.startswith("eval_model_prep")
         }
         return {k.removeprefix("eval_"): float(v) for k, v in kept.items()}
 
-    def _trainer(self, net, seed, rows, optimizer, scheduler, recorder) -> PhaseTrainer:
+    def _trainer(
+        self, net, seed, rows, optimizer, scheduler, recorder, judged=None
+    ) -> PhaseTrainer:
         args = self.arguments(seed)
         args.ddp_find_unused_parameters = isinstance(recorder, SparseTuning)
         batches, pieces = [], 1
@@ -231,6 +215,7 @@ class Phases:
             model=net,
             args=args,
             train_dataset=rows,
+            eval_dataset=judged,
             data_collator=self.collator,
             optimizers=(optimizer, scheduler),
             compute_metrics=lambda p: self.compute(p.predictions, p.label_ids),
@@ -238,6 +223,7 @@ class Phases:
             callbacks=[PhaseCallback(recorder, self.settings.max_grad_norm, self.progress)],
             batches=batches,
             pieces=pieces,
+            states=self.prefix and self.prefix.of(judged if rows is None else rows),
         )
         trainer.remove_callback(PrinterCallback)
         return trainer

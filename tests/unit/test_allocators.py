@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from prunepeft import calibration
+from prunepeft.batches import derive_seed
 from prunepeft.budget import Fidelity
 from prunepeft.candidates import make_space
 from prunepeft.config import RunConfig, TrainSettings
@@ -52,7 +53,7 @@ from prunepeft.strategies.module_choice import ModuleChoice
 from prunepeft.supernet import attach, detach
 from prunepeft.tasks import Collator
 from prunepeft.trainer_evaluator import TrainerEvaluator
-from prunepeft.training import Phases, derive_seed
+from prunepeft.training import Phases
 from tests.tiny_models import TINY
 
 ALL = (Eva(), GoRa(), Fisher(), LoraDrop(), KappaTune(), AdaLora())

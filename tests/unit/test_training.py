@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from prunepeft.batches import batch_indices, derive_seed, n_steps
 from prunepeft.candidates import make_space
 from prunepeft.config import TrainSettings
 from prunepeft.criteria.record import Recorder
@@ -20,15 +21,7 @@ from prunepeft.progress import SilentProgress
 from prunepeft.sites import find_sites
 from prunepeft.supernet import attach, slot_parameters, trainable_state
 from prunepeft.tasks import Collator
-from prunepeft.training import (
-    PhaseLog,
-    Phases,
-    batch_indices,
-    derive_seed,
-    make_optimizer,
-    make_scheduler,
-    n_steps,
-)
+from prunepeft.training import PhaseLog, Phases, make_optimizer, make_scheduler
 from tests.tiny_models import TINY, VOCAB
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=150)

@@ -11,6 +11,7 @@ from prunepeft.state.files import (
 )
 from prunepeft.state.folder import verify_folder, write_folder
 from prunepeft.state.journal import Journal, call_key
+from prunepeft.state.mapped import map_tensor, mapped_file
 from prunepeft.state.run_folder import RunFolder
 from prunepeft.state.tensors import read_tensors, read_tensors_and_metadata, write_tensors
 
@@ -29,5 +30,7 @@ __all__ = [
     "read_tensors_and_metadata",
     "verify_folder",
     "clean_temporaries",
+    "map_tensor",
+    "mapped_file",
     "disk_free",
 ]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from prunepeft.batches import derive_seed
 from prunepeft.budget import Fidelity
 from prunepeft.errors import BudgetError, ConfigError
 from prunepeft.evaluate import Watched
@@ -17,7 +18,6 @@ from prunepeft.space import MAX_SIZE, Placement, Slot
 from prunepeft.strategies.allocation import Rows, best_first, by_share, uniform_size
 from prunepeft.strategies.base import Problem, SearchResult, Strategy
 from prunepeft.strategies.resized import with_sizes
-from prunepeft.training import derive_seed
 
 LOW_RANK = ("lora", "dora")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from prunepeft.backends.base import Backend, Serial
+from prunepeft.batches import n_steps
 from prunepeft.budget import Fidelity
 from prunepeft.errors import BudgetError
 from prunepeft.evaluate import Evaluator, Scored, Tried
@@ -14,7 +15,6 @@ from prunepeft.registry import Registry
 from prunepeft.space import Placement, SearchSpace
 from prunepeft.structured.cut import Cut
 from prunepeft.structured.groups import Group
-from prunepeft.training import n_steps
 
 
 @dataclass(frozen=True)

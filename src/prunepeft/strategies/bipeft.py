@@ -9,6 +9,7 @@ keep the most sensitive modules that fit; train them from fresh values
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from prunepeft.batches import derive_seed
 from prunepeft.criteria.select import prune_to
 from prunepeft.errors import ConfigError
 from prunepeft.evaluate import Watched
@@ -18,7 +19,6 @@ from prunepeft.strategies.base import Problem, SearchResult, Strategy
 from prunepeft.strategies.bipeft_gates import has_rank_gates
 from prunepeft.strategies.bipeft_rules import CRITERIA
 from prunepeft.strategies.bipeft_search import BipeftSearch
-from prunepeft.training import derive_seed
 
 
 @dataclass(frozen=True)

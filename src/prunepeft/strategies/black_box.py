@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from prunepeft.backends.base import Batch
+from prunepeft.batches import derive_seed
 from prunepeft.budget import Fidelity
 from prunepeft.errors import BudgetError, ConfigError, StateError
 from prunepeft.evaluate import Tried
@@ -21,7 +22,6 @@ from prunepeft.space import Placement, SearchSpace
 from prunepeft.strategies.base import Problem, SearchResult, Strategy
 from prunepeft.strategies.choices import Choices, Coding, Vector
 from prunepeft.strategies.history import History, Trial
-from prunepeft.training import derive_seed
 
 Stages = tuple[tuple[int, Fidelity], ...]
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from prunepeft.batches import derive_seed
 from prunepeft.budget import Fidelity
 from prunepeft.criteria import CRITERIA, PAPER_CRITERIA
 from prunepeft.criteria.combine import (
@@ -26,7 +27,6 @@ from prunepeft.errors import ConfigError
 from prunepeft.evaluate import Scored
 from prunepeft.space import Placement
 from prunepeft.strategies.base import Problem, SearchResult, Strategy
-from prunepeft.training import derive_seed
 
 MODES = ("hybrid", "no_partitions", "none", "random")  # and single:<criterion>
 REINIT = ("reset", "keep", "init")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from prunepeft.batches import derive_seed
 from prunepeft.criteria.select import prune_to
 from prunepeft.errors import BudgetError, ConfigError
 from prunepeft.kinds import slot_cost, slot_kind
@@ -21,7 +22,6 @@ from prunepeft.structured.groups import Group
 from prunepeft.structured.importance import RANK_IMPORTANCE
 from prunepeft.structured.keep import Ranks, fit, keep_modules, keep_ranks, n_gone, slots_after
 from prunepeft.structured.light_peft import EarlyScores
-from prunepeft.training import derive_seed
 
 SCOPES = ("layer", "global")
 THIRD = 1 / 3

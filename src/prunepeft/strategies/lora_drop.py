@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from prunepeft.batches import derive_seed
 from prunepeft.probes import Passes
 from prunepeft.space import Placement, Slot
 from prunepeft.strategies.allocation import Rows, reaching
@@ -14,7 +15,6 @@ from prunepeft.strategies.base import Problem
 from prunepeft.strategies.explained_variance import counted, token_mask
 from prunepeft.strategies.module_choice import ModuleChoice
 from prunepeft.supernet import attach, detach, slot_layers
-from prunepeft.training import derive_seed
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ keep the most probable modules that fit; train them from fresh values
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from prunepeft.batches import derive_seed
 from prunepeft.criteria.select import prune_to, removal_order
 from prunepeft.errors import ConfigError
 from prunepeft.evaluate import Watched
@@ -15,7 +16,6 @@ from prunepeft.space import Placement
 from prunepeft.strategies.base import Problem, SearchResult, Strategy
 from prunepeft.strategies.gate_search import UPDATES, GateSearch
 from prunepeft.strategies.shifted_sigmoid import GRADIENTS
-from prunepeft.training import derive_seed
 
 
 @dataclass(frozen=True)

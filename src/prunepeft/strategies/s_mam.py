@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from prunepeft.batches import derive_seed
 from prunepeft.errors import BudgetError, ConfigError
 from prunepeft.evaluate import Watched
 from prunepeft.kinds import slot_cost
 from prunepeft.space import Placement
 from prunepeft.strategies.base import Problem, SearchResult, Strategy
 from prunepeft.strategies.first_order import AGGREGATES, FirstOrder
-from prunepeft.training import derive_seed
 
 SCHEDULES = ("linear", "geometric")
 
