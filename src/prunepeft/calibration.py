@@ -154,7 +154,7 @@ class BasePasses:
         decays = [p for p in trained if p.ndim > 1]
         groups = [{"params": decays, "weight_decay": self._settings.weight_decay}]
         groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0})
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, fused=True)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,10 @@ class PhaseTrainer(Trainer):
             self.data_collator = states.collator(self.data_collator)
             if self.eval_dataset is not None:
                 self.eval_dataset = NumberedRows(self.eval_dataset)
+        # A new accelerator holds nothing; to look for garbage takes longer than a short phase.
+        self.accelerator.free_memory = lambda *objects: list(objects)
+        # PhaseCallback clips; the Trainer would take the norm of all gradients once more.
+        self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: None
         # Else the Trainer counts no labels, or divides the loss by the number of pieces once more.
         self.model_accepts_loss_kwargs = True
         norms = nn.modules.batchnorm._BatchNorm
@@ -129,11 +133,11 @@ class PhaseCallback(TrainerCallback):
         if isinstance(self.recorder, SparseTuning):
             self.recorder.begin_step(optimizer)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.recorder is not None:
             self.recorder.step()
         if self.max_grad_norm > 0:
-            trained = [p for p in model.parameters() if p.grad is not None]
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -6,6 +6,7 @@ what data parallel needs.
 """
 
 import copy
+import gc
 import logging
 import math
 import tempfile
@@ -62,7 +63,7 @@ def make_optimizer(net: PeftModel, settings: TrainSettings, lr: float) -> torch.
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     listed = [{"params": ps, "lr": rate, "weight_decay": d} for (rate, d), ps in groups.items()]
-    return torch.optim.AdamW(listed, lr=lr)
+    return torch.optim.AdamW(listed, lr=lr, fused=True)
 
 
 def make_scheduler(
@@ -141,6 +142,7 @@ class Phases:
                 logger.warning("out of memory with %d pieces a step; halving them", self.pieces)
             self.pieces *= 2
             net.zero_grad(set_to_none=True)
+            gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             with torch.no_grad():
