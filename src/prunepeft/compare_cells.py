@@ -133,7 +133,7 @@ def _fewer_rows(plan: Plan, own: Cell, allowance: int) -> tuple[dict[str, Any] |
     if "fidelity" not in type(getattr(plan.config, section)).model_fields:
         section = "search"
     n, batch = len(plan.splits.train), plan.config.train.batch_size
-    before = getattr(plan.config, section).fidelity
+    before = getattr(plan.config, section).fidelity or problem_of(plan, None, None).fidelity.data
 
     def steps(fidelity: float) -> int:
         part = getattr(plan.config, section).model_copy(update={"fidelity": fidelity})

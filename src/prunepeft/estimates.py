@@ -122,16 +122,17 @@ def _search_cost(plan: Plan) -> dict[str, Any]:
     mode = getattr(plan.strategy, "mode", "")
     if plan.given is not None or plan.budget is None or mode in ("none", "random"):
         return {"runs": 0, "steps": 0, "rows_per_training_row": 0.0}
-    rows = max(1, round(search.fidelity * n))
+    problem = problem_of(plan, None, None)
+    rows = problem.fidelity.rows(n)
     rounds = getattr(plan.strategy, "rounds", 1)  # a method without rounds trains once
     runs, steps = rounds, rounds * search.epochs * n_steps(rows, batch)
     seen = rounds * search.epochs * rows
     if getattr(plan.strategy, "warmup", False) and mode == "hybrid" and not plan.config.strategy:
-        most = 1 + (search.warmup_turns - 1) * len(search.criteria)
-        few = min(search.warmup_rows, n)
-        runs += most
-        steps += most * search.warmup_epochs * n_steps(few, batch)
-        seen += most * search.warmup_epochs * few
+        warm_up = plan.strategy.warm_up
+        turns = warm_up.n_turns(problem)
+        runs += warm_up.most_runs(turns)
+        steps += warm_up.steps(problem, turns)
+        seen += warm_up.most_runs(turns) * warm_up.epochs * warm_up.n_rows(problem)
     whole = n * plan.config.train.epochs
     return {"runs": runs, "steps": steps, "rows_per_training_row": round(seen / whole, 3)}
 

@@ -80,8 +80,12 @@ class Watcher(Protocol):
     def reset(self) -> None:
         """The epoch is run again because memory ran out; back to the mark."""
 
-    def step(self) -> None:
-        """Once per optimiser step: gradients are summed over micro-batches and not yet clipped."""
+    def step(self) -> bool | None:
+        """Once per optimiser step: gradients are summed over micro-batches and not yet clipped.
+
+        Returns:
+            True if nothing more is to be learnt: the training ends with this step.
+        """
 
     def stop(self) -> dict[str, Tensor]:
         """Take hooks and parameters off; what was found, on the CPU."""
@@ -172,6 +176,7 @@ class Evaluator(Protocol):
         init_seed: int,
         start: str = "",
         keep: bool = False,
+        settle: float | None = None,
     ) -> Scored:
         """Train briefly and score every module.
 
@@ -184,6 +189,7 @@ class Evaluator(Protocol):
             init_seed: First values of the modules.
             start: Key of an earlier run to go on from, instead of first values.
             keep: Store the weights at the end under the result's key.
+            settle: End the training when the rankings have settled, see `Settling`.
         """
 
     def watch(

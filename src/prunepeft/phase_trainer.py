@@ -128,6 +128,7 @@ class PhaseCallback(TrainerCallback):
         self.recorder = recorder
         self.max_grad_norm = max_grad_norm
         self.progress = progress
+        self.is_enough = False
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if isinstance(self.recorder, SparseTuning):
@@ -135,13 +136,14 @@ class PhaseCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.recorder is not None:
-            self.recorder.step()
+            self.is_enough = bool(self.recorder.step())
         if self.max_grad_norm > 0:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.advance(1)
+        control.should_training_stop |= self.is_enough
 
     def on_train_end(self, args, state, control, **kwargs):
         if isinstance(self.recorder, SparseTuning):

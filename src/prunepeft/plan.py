@@ -10,6 +10,7 @@ from torch import nn
 
 from prunepeft.backends import Backend, Serial, check_backend
 from prunepeft.base_plan import narrowed_sites, plan_groups
+from prunepeft.batches import n_steps
 from prunepeft.budget import Budget, Fidelity
 from prunepeft.candidates import LORA_ALL_ROLES, make_lora_baseline, make_space, paper_space
 from prunepeft.config import RunConfig
@@ -188,22 +189,27 @@ def problem_of(
     plan: Plan, evaluator: Any, on_event: Any, backend: Backend | None = None
 ) -> Problem:
     """The search problem of a plan."""
-    search = plan.config.search
-    return Problem(
+    search, train = plan.config.search, plan.config.train
+    problem = Problem(
         space=plan.space,
         limit=plan.limit,
         unit=plan.budget.unit,
         evaluator=evaluator,
         n_train=len(plan.splits.train),
-        fidelity=Fidelity(search.fidelity, search.epochs),
+        fidelity=Fidelity(search.fidelity or 1.0, search.epochs),
         seed=plan.config.seed,
         on_event=on_event,
         groups=plan.groups,
         metric=plan.metric,
         greater_is_better=METRICS.get(plan.metric).greater_is_better,
-        batch_size=plan.config.train.batch_size,
+        batch_size=train.batch_size,
         backend=backend or Serial(),
+        train_steps=train.epochs * n_steps(len(plan.splits.train), train.batch_size),
     )
+    if search.fidelity is not None:
+        return problem
+    share = plan.strategy.default_share(problem)
+    return replace(problem, fidelity=Fidelity(share, search.epochs))
 
 
 def _space(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -285,3 +285,15 @@ def _check_keys(
     extra = [k for k in data if k not in needed and k not in optional]
     if missing or extra:
         raise ConfigError(f"{label}: missing keys {missing}, unknown keys {extra}.")
+
+
+def depth_below(slots: Iterable[Slot]) -> dict[str, float]:
+    """Slot id -> share of the layers that run before its own, in [0, 1).
+
+    A decoder runs after the encoder, if slots of both are given.
+    """
+    slots = list(slots)
+    n_layers = {slot.sites[0].stack: slot.sites[0].n_layers for slot in slots}
+    before = {stack: n_layers.get("encoder", 0) * (stack == "decoder") for stack in n_layers}
+    whole = sum(n_layers.values())
+    return {s.id: (before[s.sites[0].stack] + s.layer) / whole for s in slots}

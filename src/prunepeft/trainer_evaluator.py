@@ -79,17 +79,18 @@ class TrainerEvaluator:
         init_seed: int,
         start: str = "",
         keep: bool = False,
+        settle: float | None = None,
     ) -> Scored:
         """See `Evaluator.score`."""
         call = self.trials.call(
             "score", placement, criteria=sorted(criteria), fidelity=asdict(fidelity)
         )
-        call |= {"seeds": [seed, init_seed], "start": start, "keep": keep}
+        call |= {"seeds": [seed, init_seed], "start": start, "keep": keep, "settle": settle}
         key = call_key(call)
         if (found := self.trials.find(key)) is not None:
             return Scored(**found)
         rows = rows_at(self.phases, self.target, fidelity, seed)
-        watcher = SaliencyWatcher(criteria)
+        watcher = SaliencyWatcher(criteria, settle, fidelity.epochs)
         with self._training(placement, init_seed, rows, fidelity.epochs, name) as net:
             if start:
                 load_trainable_state(net, self.trials.weights(start), strict=False)

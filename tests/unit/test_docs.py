@@ -136,7 +136,8 @@ def test_tables_hold_every_key_default_and_limit() -> None:
     keys = {key for key in key_paths() if key not in groups} | {"trust_remote_code"}
     assert set(re.findall(r"^\| `([\w.]+)`", table, re.MULTILINE)) == keys
     assert "| `train.lr` | 0.0005 | number > 0 |" in table
-    assert "| `search.fidelity` | 1.0 | number > 0, &lt;= 1 |" in table
+    assert "| `base.fidelity` | 1.0 | number > 0, &lt;= 1 |" in table
+    assert "| `search.fidelity` | null | number > 0, &lt;= 1 or null |" in table
     assert "| `search.reinit` | reset | reset, keep, init |" in table
     assert "| `model` | required | text |" in table
     assert all(len(row.split("|")) == 6 for row in table.splitlines() if row.startswith("| `"))

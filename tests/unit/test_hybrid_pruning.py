@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -48,6 +49,7 @@ class MockEvaluator:
         init_seed,
         start="",
         keep=False,
+        settle=None,
     ):
         self.calls.append(
             {"ids": placement.ids, "seed": seed, "init": init_seed, "start": start, "keep": keep}
@@ -114,6 +116,37 @@ def test_warm_up_sharing_equals_separate_warm_ups_and_runs_less():
     assert by_criterion == unshared_warm_up(strategy, problem)
     assert shared["runs_unshared"] == 18
     assert shared["runs"] <= 13  # one run in the first turn, at most six in each later one
+
+
+@pytest.mark.parametrize(
+    ("train_steps", "turns"), [(0, 3), (100, 1), (1250, 1), (1270, 2), (2330, 2), (2350, 3)]
+)
+def test_the_warm_up_takes_a_tenth_of_the_training_or_one_turn(train_steps, turns):
+    # A run is 3 epochs of 6 batches, 18 steps; runs at most: 1, 7, 13.
+    space = make_space(12)
+    problem = replace(make_problem(space, half(space)), train_steps=train_steps)
+    log = HybridPruning(criteria=PAPER_CRITERIA).search(problem).history["warmup"]["turns"]
+    assert {entry["turn"] for entry in log} == set(range(1, turns + 1))
+    removed = sum(len(e["removed"]) for e in log if e["criterion"] == "snip")
+    assert removed == round(len(space) * 3 / 16 / turns) * turns
+    given = HybridPruning(warmup_turns=2).search(problem).history["warmup"]["turns"]
+    assert {entry["turn"] for entry in given} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("n_train", "epochs", "expected"),
+    [(10_000, 3, 0.3), (10_000, 20, 1.0), (1000, 3, 0.3), (200, 3, 0.8), (100, 3, 1.0)],
+)
+def test_rounds_take_three_tenths_of_the_training_by_default(n_train, epochs, expected):
+    space = make_space(4)
+    problem = replace(
+        make_problem(space, half(space)), n_train=n_train, train_steps=epochs * (n_train // 16)
+    )
+    assert HybridPruning().default_share(problem) == pytest.approx(expected, abs=0.01)
+    twice = replace(problem, fidelity=Fidelity(1.0, 2))
+    if n_train > 1000:
+        assert HybridPruning(rounds=6).default_share(problem) < expected or expected == 1.0
+        assert HybridPruning().default_share(twice) <= expected
 
 
 def test_criteria_that_agree_share_every_run():
@@ -275,3 +308,61 @@ def test_history_is_json_and_the_search_replays():
 def test_wrong_settings(settings_, error, match):
     with pytest.raises(error, match=match):
         HybridPruning(**settings_)
+
+
+# --- low layers are freed ------------------------------------------------------------------------
+
+
+def freed(placement: Placement) -> int:
+    return min(s.layer for s in placement)
+
+
+def test_low_layers_are_freed_as_far_as_the_price_says():
+    space = make_space(6)
+    useful = {s.id for s in space if s.layer >= 3}
+    limit = cost(space.full(), "parameters") * 2 // 3
+    found = {}
+    for price in (0.0, 0.05, 0.5, 5.0):
+        evaluator = MockEvaluator(useful)
+        problem = make_problem(space, limit, evaluator)
+        result = HybridPruning(cost_aware=price).search(problem)
+        found[price] = result.placement
+        assert 0 < cost(result.placement, "parameters") <= limit
+        kept = set(result.placement.ids)
+        for entry in result.history["rounds"]:
+            assert not set(entry["returned"]) - kept
+    assert freed(found[0.0]) < 3  # the budget has room for useless modules
+    assert freed(found[0.5]) == 3  # useless layers cost training time
+    assert useful <= set(found[0.5].ids)
+    assert freed(found[5.0]) > 3
+    assert freed(found[0.0]) <= freed(found[0.05]) <= freed(found[0.5])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    price=st.floats(0.0, 3.0),
+    share=st.floats(0.1, 1.0),
+    rounds=st.integers(1, 4),
+    seed=st.integers(0, 50),
+)
+def test_the_budget_holds_with_freed_layers_and_nothing_above_them_would_fit(
+    price, share, rounds, seed
+):
+    space = make_space(5)
+    limit = int(cost(space.full(), "parameters") * share)
+    problem = make_problem(space, limit, seed=seed)
+    if min(problem.slot_costs().values()) > limit:
+        return
+    kept = HybridPruning(rounds=rounds, warmup=False, cost_aware=price).search(problem).placement
+    assert len(kept) >= 1
+    assert problem.cost(kept) <= limit
+    costs, floor = problem.slot_costs(), freed(kept)
+    for slot in space:
+        if slot not in kept and slot.layer >= floor:
+            assert problem.cost(kept) + costs[slot.id] > limit
+
+
+@pytest.mark.parametrize("wrong", [{"cost_aware": -0.1}, {"settle": 0.0}, {"settle": 1.5}])
+def test_wrong_prices_and_thresholds_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        HybridPruning(**wrong)

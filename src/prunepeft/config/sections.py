@@ -57,7 +57,11 @@ class TrainSettings(Section):
 class SearchSettings(Section):
     """How the modules to keep are found."""
 
-    fidelity: FullShare = about(1.0, "share of the training rows the search sees")
+    fidelity: FullShare | None = about(
+        None,
+        "share of the training rows the search sees; null: prunepeft takes 0.3 of the training's "
+        "steps for its rounds, other methods see all rows",
+    )
     rounds: Count = about(3, "train-and-prune rounds")
     warmup: bool = about(True, "choose the criteria of every partition on the task itself")
     per_round: Count | None = about(None, "modules removed per round; null: from the budget")
@@ -72,7 +76,15 @@ class SearchSettings(Section):
     paper_exact: bool = about(False, "probabilities as published, inside each partition")
     warmup_rows: Count = about(100, "rows of the warm-up, stratified by label")
     warmup_epochs: Count = about(3, "passes per warm-up turn")
-    warmup_turns: Count = about(3, "warm-up turns per criterion")
+    warmup_turns: Count | None = about(
+        None, "warm-up turns per criterion; null: 3, or fewer if they take 0.1 of the training"
+    )
+    settle: FullShare | None = about(
+        None, "end a round when rankings agree this well with those at half its steps, e.g. 0.9"
+    )
+    cost_aware: NotNegative = about(
+        0.0, "share of the modules' worth given up to free all layers from the bottom; 0: none"
+    )
     lr: Positive | None = about(None, "learning rate of the search; null: train.lr")
 
 

@@ -85,6 +85,31 @@ def hybrid_probability(
     return dict(zip(units, _softmax(scores), strict=True))
 
 
+def worth(
+    saliency: Mapping[str, Mapping[str, float]],
+    partitions: Mapping[str, str],
+    strategy: Mapping[str, Sequence[str]],
+    scales: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """What each unit is worth in [0, 1]: its share of the largest saliency on its scale.
+
+    The mean over the criteria of its partition. Arguments as in `hybrid_probability`.
+
+    Example:
+        >>> worth({"snip": {"a": 1.0, "b": 4.0}}, {"a": "x", "b": "x"}, {"x": ["snip"]})
+        {'a': 0.25, 'b': 1.0}
+    """
+    units = list(partitions)
+    scales = scales or dict.fromkeys(units, "")
+    names = dict.fromkeys(c for p in partitions.values() for c in _criteria_of(p, strategy))
+    shares = {}
+    for name in names:
+        values = _relative(_saliencies(name, units, saliency), [scales[u] for u in units])
+        shares[name] = {u: 1 - v for u, v in zip(units, values, strict=True)}
+    used = {u: _criteria_of(p, strategy) for u, p in partitions.items()}
+    return {u: math.fsum(shares[c][u] for c in used[u]) / len(used[u]) for u in units}
+
+
 def _per_partition(
     saliency: Mapping[str, Mapping[str, float]],
     partitions: Mapping[str, str],

@@ -1,7 +1,7 @@
 """Which units to remove under a budget: pure functions on lists, exact and stable under ties."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from prunepeft.errors import BudgetError, ConfigError
 
@@ -78,6 +78,65 @@ def prune_to(
         else:
             kept += costs[unit]
     return removed[::-1]
+
+
+def free_low_layers(
+    costs: Mapping[str, int],
+    removal_order: Sequence[str],
+    limit: int,
+    *,
+    depth: Mapping[str, float],
+    worth: Mapping[str, float],
+    price: float,
+    refill: bool = True,
+) -> list[str]:
+    """Choose what to remove as `prune_to` does, or clear the lowest layers first if that pays.
+
+    Layers below the lowest module need no backward pass, and their output can be reused, so their
+    share of the training time is saved. Of all ways to clear the lowest layers entirely, the rest
+    being chosen by `prune_to`, the one with the largest
+
+        price * share of the time saved - share of the worth lost
+
+    is taken, both against clearing none; on a tie the one that clears less.
+
+    Args:
+        costs: Cost of each of the N units.
+        removal_order: The N units, first to remove first.
+        limit: What the rest may cost.
+        depth: Share of the model's layers that lie below each unit, in [0, 1).
+        worth: What each unit is worth, not negative.
+        price: Share of the worth that the whole training time is worth; 0 clears none.
+        refill: See `prune_to`.
+    Returns:
+        The removed units, in removal order.
+    Example:
+        >>> order, costs = ["c", "a", "b"], {"a": 1, "b": 1, "c": 1}
+        >>> depth, worth = {"a": 0.0, "b": 0.5, "c": 0.5}, {"a": 0.5, "b": 0.9, "c": 0.4}
+        >>> free_low_layers(costs, order, 2, depth=depth, worth=worth, price=0.1)
+        ['c']
+        >>> free_low_layers(costs, order, 2, depth=depth, worth=worth, price=0.3)
+        ['a']
+    """
+    best = prune_to(costs, removal_order, limit, refill=refill)
+    if price <= 0 or not costs:
+        return best
+    whole = _kept(worth, best)
+    lowest, gain = min(depth[u] for u in removal_order), 0.0
+    for floor in sorted({depth[u] for u in removal_order})[1:]:
+        above = [u for u in removal_order if depth[u] >= floor]
+        if min(costs[u] for u in above) > limit:
+            continue
+        taken = prune_to({u: costs[u] for u in above}, above, limit, refill=refill)
+        gone = {*taken, *(u for u in removal_order if depth[u] < floor)}
+        lost = 1 - _kept(worth, gone) / whole if whole > 0 else 0.0
+        if (found := price * (floor - lowest) - lost) > gain + 1e-12:
+            best, gain = [u for u in removal_order if u in gone], found
+    return best
+
+
+def _kept(worth: Mapping[str, float], gone: Collection[str]) -> float:
+    return math.fsum(value for unit, value in worth.items() if unit not in gone)
 
 
 def _check_same(values: Mapping[str, float], order: Sequence[str], label: str) -> None:

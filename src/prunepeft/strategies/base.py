@@ -35,6 +35,7 @@ class Problem:
         greater_is_better: Its direction.
         batch_size: Rows of one optimiser step.
         backend: Where independent trials run.
+        train_steps: Optimiser steps of the training that follows; 0: not known.
     """
 
     space: SearchSpace
@@ -50,6 +51,7 @@ class Problem:
     greater_is_better: bool = True
     batch_size: int = 16
     backend: Backend = field(default_factory=Serial)
+    train_steps: int = 0
 
     def cost(self, placement: Placement) -> int:
         """Cost of a placement in the budget's unit."""
@@ -121,6 +123,10 @@ class Strategy(ABC):
     section: ClassVar[str] = "search"
     cuts_base: ClassVar[bool] = False
     has_trials: ClassVar[bool] = False
+
+    def default_share(self, problem: Problem) -> float:
+        """Share of the training rows that the search sees, if the settings name none."""
+        return 1.0
 
     def check(self, problem: Problem) -> None:
         """Raise an error if it is clear before any training that the search must fail."""

@@ -14,22 +14,26 @@ from typing import Any, ClassVar
 import torch
 
 from prunepeft.batches import derive_seed
-from prunepeft.budget import Fidelity
 from prunepeft.criteria import CRITERIA, PAPER_CRITERIA
 from prunepeft.criteria.combine import (
     assign_criteria,
     fallback_strategy,
     hybrid_probability,
     tendency,
+    worth,
 )
-from prunepeft.criteria.select import prune_to, removal_order
+from prunepeft.criteria.select import free_low_layers, prune_to, removal_order
+from prunepeft.criteria.settling import Settling
 from prunepeft.errors import ConfigError
 from prunepeft.evaluate import Scored
-from prunepeft.space import Placement
+from prunepeft.space import Placement, depth_below
 from prunepeft.strategies.base import Problem, SearchResult, Strategy
+from prunepeft.strategies.warm_up import WarmUp
 
 MODES = ("hybrid", "no_partitions", "none", "random")  # and single:<criterion>
 REINIT = ("reset", "keep", "init")
+ROUNDS_SHARE = 0.3
+LEAST_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class HybridPruning(Strategy):
         criteria: Candidate criteria.
         mode: `hybrid`; ablations `no_partitions`, `single:<criterion>`, `random`, `none`.
         warmup: Find out which criterion suits which partition; else the authors' fixed table.
-        warmup_rows, warmup_epochs, warmup_turns: Size of the warm-up.
+        warmup_rows, warmup_epochs, warmup_turns: Size of the warm-up, see `WarmUp`.
+        settle: A round ends when the ranking of its modules has settled, see `Settling`.
+        cost_aware: What it is worth to free the lowest layers, see `free_low_layers`.
         strategy: Criteria of each partition, given instead of found (transfer from another task).
         paper_exact: Probabilities as in the paper, see `hybrid_probability`.
     References:
@@ -63,7 +69,9 @@ class HybridPruning(Strategy):
     warmup: bool = True
     warmup_rows: int = 100
     warmup_epochs: int = 3
-    warmup_turns: int = 3
+    warmup_turns: int | None = None
+    settle: float | None = None
+    cost_aware: float = 0.0
     strategy: Mapping[str, Sequence[str]] = field(default_factory=dict)
     paper_exact: bool = False
 
@@ -81,9 +89,27 @@ class HybridPruning(Strategy):
             )
         if self.reinit not in REINIT:
             raise ConfigError(f"search.reinit {self.reinit!r} is unknown; use {', '.join(REINIT)}.")
+        if self.cost_aware < 0:
+            raise ConfigError(f"search.cost_aware must be 0 or more; got {self.cost_aware}.")
+        Settling(self.settle, 1)
         for value in self.strategy.values():
             for criterion in value:
                 CRITERIA.get(criterion)
+
+    @property
+    def warm_up(self) -> WarmUp:
+        """How criteria are assigned to partitions."""
+        return WarmUp(self.criteria, self.warmup_rows, self.warmup_epochs, self.warmup_turns)
+
+    def default_share(self, problem: Problem) -> float:
+        """Share of the rows a round sees: all rounds take three tenths of the training's steps.
+
+        In the paper's tables a search costs 0.3 of the training. A round has ten steps at least.
+        """
+        if not problem.train_steps:
+            return 1.0
+        steps = ROUNDS_SHARE * problem.train_steps / (self.rounds * problem.fidelity.epochs)
+        return min(1.0, max(steps, LEAST_STEPS) * problem.batch_size / problem.n_train)
 
     def search(self, problem: Problem) -> SearchResult:
         """See `Strategy.search`. Mode `none` returns the supernet, over budget, as an ablation."""
@@ -135,51 +161,10 @@ class HybridPruning(Strategy):
             return {p: list(self.strategy.get(p, self.criteria)) for p in names}
         if not self.warmup:
             return fallback_strategy(partitions)
-        removed = self._warm_up(problem, result)
+        removed = self.warm_up.run(problem, result)
         counts = tendency(removed, partitions)
         result.history["warmup"]["tendency"] = counts
         return assign_criteria(counts)
-
-    def _warm_up(self, problem: Problem, result: SearchResult) -> dict[str, list[str]]:
-        """What each criterion alone would remove in a few turns on a small sample.
-
-        Criteria that have removed the same modules so far train the same model on the same data
-        with the same seed, so they share that run: in the first turn all of them do.
-        """
-        full = problem.space.full()
-        per_turn = max(1, round(len(full) / 16))
-        share = min(1.0, self.warmup_rows / problem.n_train)
-        fidelity = Fidelity(share, self.warmup_epochs)
-        removed: dict[str, list[str]] = {c: [] for c in self.criteria}
-        log: dict[str, Any] = {"turns": [], "runs": 0, "runs_unshared": 0}
-        for turn in range(1, self.warmup_turns + 1):
-            runs: dict[frozenset[str], Scored] = {}
-            for criterion in self.criteria:
-                gone = frozenset(removed[criterion])
-                if len(full) - len(gone) <= per_turn:
-                    continue
-                log["runs_unshared"] += 1
-                if gone not in runs:
-                    seed = derive_seed(problem.seed, "warmup", turn)
-                    runs[gone] = problem.evaluator.score(
-                        full.without(gone),
-                        self.criteria,
-                        name=f"warm-up turn {turn}/{self.warmup_turns}, run {len(runs) + 1}",
-                        fidelity=fidelity,
-                        seed=seed,
-                        init_seed=seed,
-                    )
-                    log["runs"] += 1
-                    result.add(runs[gone])
-                scores = runs[gone].saliency[criterion]
-                taken = sorted(scores, key=lambda i: scores[i])[:per_turn]
-                removed[criterion] += taken
-                log["turns"].append(
-                    {"turn": turn, "criterion": criterion, "removed": taken, "run": runs[gone].key}
-                )
-        result.history["warmup"] = log
-        problem.on_event("warmup", runs=log["runs"], runs_unshared=log["runs_unshared"])
-        return removed
 
     def _prune(
         self,
@@ -197,19 +182,21 @@ class HybridPruning(Strategy):
             scored = self._score(problem, kept, strategy, number, start)
             start = scored.key if self.reinit == "keep" else ""
             result.add(scored)
+            here = {i: partitions[i] for i in kept.ids}
             probability = hybrid_probability(
                 scored.saliency,
-                {i: partitions[i] for i in kept.ids},
+                here,
                 strategy,
                 scales=self._scales(kept),
                 paper_exact=self.paper_exact,
             )
-            gone = self._choose(problem, kept, probability, number, first_cost)
+            judged = worth(scored.saliency, here, strategy, self._scales(kept))
+            gone = self._choose(problem, kept, probability, judged, number, first_cost)
             graveyard += gone
             before, kept = kept, kept.without(gone)
             if problem.cost(kept) <= problem.limit:
                 kept = problem.space.full().without(
-                    set(graveyard) - _refill(problem, kept, graveyard)
+                    set(graveyard) - self._refill(problem, kept, graveyard)
                 )
             entry = _entry(problem, number, before, kept, gone)
             entry |= {"saliency": scored.saliency, "probability": probability}
@@ -236,6 +223,7 @@ class HybridPruning(Strategy):
             init_seed=derive_seed(problem.seed, "init", 0 if self.reinit == "init" else number),
             start=start,
             keep=self.reinit == "keep",
+            settle=self.settle,
         )
 
     def _choose(
@@ -243,22 +231,41 @@ class HybridPruning(Strategy):
         problem: Problem,
         kept: Placement,
         probability: Mapping[str, float],
+        judged: Mapping[str, float],
         number: int,
         first_cost: int,
     ) -> list[str]:
         """Ids to remove in this round, first to go first."""
         order = removal_order(probability, kept.ids)
         costs = {i: c for i, c in problem.slot_costs().items() if i in set(order)}
+        depth = {i: d for i, d in depth_below(problem.space).items() if i in costs}
+        freeing = {"depth": depth, "worth": judged, "price": self.cost_aware}
         if self.per_round is not None:
             gone = order[: self.per_round]
             if sum(costs.values()) - sum(costs[i] for i in gone) > problem.limit:
                 return gone
         elif number < self.rounds:
             target = first_cost - (first_cost - problem.limit) * number // self.rounds
-            return prune_to(costs, order, max(target, problem.limit), refill=False)
+            target = max(target, problem.limit)
+            return free_low_layers(costs, order, target, refill=False, **freeing)
         if min(costs.values()) > problem.limit:
             return order
-        return prune_to(costs, order, problem.limit)
+        return free_low_layers(costs, order, problem.limit, **freeing)
+
+    def _refill(self, problem: Problem, kept: Placement, graveyard: Sequence[str]) -> set[str]:
+        """Removed modules that still fit, the last removed first: afterwards none fits.
+
+        Layers that were freed stay free.
+        """
+        costs, depth = problem.slot_costs(), depth_below(problem.space)
+        room = problem.limit - problem.cost(kept)
+        floor = min((depth[i] for i in kept.ids), default=0.0) if self.cost_aware else 0.0
+        back: set[str] = set()
+        for slot_id in reversed(graveyard):
+            if slot_id not in back and costs[slot_id] <= room and depth[slot_id] >= floor:
+                back.add(slot_id)
+                room -= costs[slot_id]
+        return back
 
     def _random(self, problem: Problem, full: Placement, history: dict[str, Any]) -> Placement:
         """Remove in random order, without any training."""
@@ -284,15 +291,3 @@ def _entry(
         "removed": [i for i in gone if i not in kept],
         "returned": [i for i in after.ids if i not in before.ids],
     }
-
-
-def _refill(problem: Problem, kept: Placement, graveyard: Sequence[str]) -> set[str]:
-    """Removed modules that still fit, the last removed first: afterwards none fits."""
-    costs = problem.slot_costs()
-    room = problem.limit - problem.cost(kept)
-    back: set[str] = set()
-    for slot_id in reversed(graveyard):
-        if slot_id not in back and costs[slot_id] <= room:
-            back.add(slot_id)
-            room -= costs[slot_id]
-    return back
