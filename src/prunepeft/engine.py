@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 
@@ -46,7 +45,7 @@ class Engine:
         self.folder = folder
         self.is_main = is_main
         device = check_device(plan.config.device)
-        self.bf16 = _use_bf16(plan.config.precision, device)
+        self.bf16 = plan.uses_bf16(device)
         trust = plan.config.trust_remote_code
         self.processor = plan.task.load_processor(plan.config.model, trust_remote_code=trust)
         self.phases = self._phases(device, progress or SilentProgress())
@@ -143,9 +142,3 @@ class Engine:
             search_lr=config.search.lr or config.train.lr,
             context=context,
         )
-
-
-def _use_bf16(precision: str, device: str) -> bool:
-    if precision == "auto":
-        return device == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bf16"

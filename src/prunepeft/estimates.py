@@ -8,7 +8,7 @@ from prunepeft.batches import n_steps
 from prunepeft.config import RunConfig
 from prunepeft.data import Splits
 from prunepeft.kinds import cost, count_params
-from prunepeft.plan import Plan, problem_of
+from prunepeft.plan import Plan, check_device, problem_of
 from prunepeft.space import Placement, SearchSpace
 from prunepeft.state import disk_free
 from prunepeft.strategies import Allocator
@@ -52,11 +52,16 @@ def describe(plan: Plan) -> dict[str, Any]:
         info["base"] = _base(plan)
         if plan.budget is None and plan.given is None:
             del info["train"], info["search"], info["candidates"]
-        info["disk_bytes"] += plan.n_base * (2 if config.precision == "bf16" else 4)
+        info["disk_bytes"] += plan.n_base * _width(plan)
     output = Path(config.output or ".").absolute()
     existing = next(p for p in (output, *output.parents) if p.exists())
     info["disk_free_bytes"] = disk_free(existing)
     return info
+
+
+def _width(plan: Plan) -> int:
+    """Bytes of a number of the base model."""
+    return 2 if plan.uses_bf16(check_device(plan.config.device)) else 4
 
 
 def _base(plan: Plan) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def _look_cost(plan: Plan, strategy: Allocator) -> dict[str, Any]:
 def estimate_memory(plan: Plan, trained: int) -> int:
     """Peak bytes of training: weights, what is trained with Adam (16 bytes each), activations."""
     config, sites = plan.config, plan.sites
-    width = 2 if config.precision == "bf16" else 4
+    width = _width(plan)
     layers = len({(s.stack, s.layer) for s in sites})
     hidden = max((s.d_out for s in sites if s.role in ("o", "down", "other")), default=0)
     wide = sum(s.d_out for s in sites if s.role != "norm")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from prunepeft.backends import Backend, Serial, check_backend
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Sizes double, so the default space costs 1.4 to 2.8 budgets (unless size 1 or 64 ends the choice).
 SUPERNET_OVER_BUDGET = 2.83
+BF16_PARAMS = 10_000_000  # a smaller model gains nothing on a processor
 BASELINE_ROLES = {"lora": (("q", "v"),), "lora-all": LORA_ALL_ROLES}
 
 
@@ -83,6 +85,18 @@ class Plan:
         sites = find_sites(model)
         space = None if self.space is None else _space(self.config, sites, self.budget, self.limit)
         return replace(self, sites=sites, space=space, n_base=count_base_params(model))
+
+    def uses_bf16(self, device: str) -> bool:
+        """Whether the base model is in bfloat16: as asked for, or where the device is fast in it.
+
+        On a processor that pays for models of some size, and a base that is cut, and so saved,
+        stays in full precision there.
+        """
+        if self.config.precision != "auto":
+            return self.config.precision == "bf16"
+        if device == "cuda":
+            return torch.cuda.is_bf16_supported()
+        return not self.groups and self.n_base >= BF16_PARAMS and _cpu_has_bf16()
 
     @property
     def strategy(self) -> Strategy:
@@ -174,10 +188,14 @@ def read_architecture(path: str) -> Placement:
     return Placement.from_dict(read_json(file))
 
 
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies matrices in bfloat16."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def check_device(device: str) -> str:
     """`cpu` or `cuda`. Raises ConfigError if a GPU is asked for and absent."""
-    import torch
-
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but no CUDA device is visible; use device=cpu or auto.")
     if device == "auto":

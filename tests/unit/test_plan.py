@@ -1,10 +1,12 @@
 """Choices of a plan that need no model."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from prunepeft.config import load_config
 from prunepeft.errors import ConfigError
-from prunepeft.plan import _space
+from prunepeft.plan import Plan, _cpu_has_bf16, _space
 from prunepeft.space import Site
 from prunepeft.strategies.make import make_strategy
 
@@ -46,3 +48,37 @@ def test_a_setting_that_the_method_does_not_read_is_refused(method: str, setting
     name = setting.partition("=")[0].replace(".", r"\.")
     with pytest.raises(ConfigError, match=f"does not read {name}"):
         make_strategy(load_config(None, (setting,), flags))
+
+
+# --- number format -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("precision", "n_base", "native", "cuts", "expected"),
+    [
+        ("fp32", 10**9, True, False, False),
+        ("bf16", 100, False, True, True),
+        ("auto", 10**9, True, False, True),
+        ("auto", 10**9, False, False, False),
+        ("auto", 9_999_999, True, False, False),
+        ("auto", 10**9, True, True, False),
+    ],
+)
+def test_bf16_is_taken_where_a_processor_is_fast_in_it(
+    monkeypatch, precision, n_base, native, cuts, expected
+):
+    monkeypatch.setattr("prunepeft.plan._cpu_has_bf16", lambda: native)
+    config = SimpleNamespace(precision=precision)
+    plan = SimpleNamespace(config=config, n_base=n_base, groups=("heads",) if cuts else ())
+    assert Plan.uses_bf16(plan, "cpu") is expected
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": False}, True)],
+)
+def test_what_the_processor_says(monkeypatch, found, expected):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found, raising=False)
+    assert _cpu_has_bf16() is expected
+    monkeypatch.delattr("torch.cpu.get_capabilities")
+    assert _cpu_has_bf16() is False

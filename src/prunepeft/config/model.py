@@ -55,7 +55,9 @@ class RunConfig(Section):
     output: Text | None = about(None, "run folder; null: runs/<data>-<method>-<seed>")
     seed: Seed = about(0, "fixes splits, initial values and the order of rows")
     device: Literal["auto", "cpu", "cuda"] = about("auto", "where to compute")
-    precision: Literal["auto", "fp32", "bf16"] = about("auto", "number format of the base model")
+    precision: Literal["auto", "fp32", "bf16"] = about(
+        "auto", "number format of the base model; auto: bf16 where the device is fast in it"
+    )
     baseline: Literal["none", "lora", "lora-all"] = about(
         "none", "also train plain LoRA at equal budget: on query and value, or on all linears"
     )
