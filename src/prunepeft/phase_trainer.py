@@ -70,6 +70,10 @@ class PhaseTrainer(Trainer):
         total = sum(_n_labels(batch["labels"]) for batch in samples).to(self.args.device)
         return samples, self.accelerator.reduce(total, "sum")
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the Trainer would walk through all parameters in every step."""
+        return 0
+
     def compute_loss(
         self,
         model: nn.Module,

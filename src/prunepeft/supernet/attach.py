@@ -46,7 +46,7 @@ def attach(
     config = UnionConfig(
         placement=placement.to_dict(),
         init_seed=seed,
-        modules_to_save=modules_to_save,
+        modules_to_save=modules_to_save and list(modules_to_save),  # peft adds to the list
         task_type=task_type,
     )
     with warnings.catch_warnings():
