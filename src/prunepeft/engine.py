@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from prunepeft._version import __version__
+from prunepeft.errors import ConfigError
 from prunepeft.evaluate import Outcome, Target
 from prunepeft.full_training import first_seed
 from prunepeft.metrics import METRICS
@@ -18,6 +19,7 @@ from prunepeft.progress import Progress, SilentProgress
 from prunepeft.space import Placement
 from prunepeft.state import RunFolder
 from prunepeft.supernet import detach
+from prunepeft.tasks.packing import ROWS_CHECKED, check_packing
 from prunepeft.trainer_evaluator import TrainerEvaluator
 from prunepeft.training import Phases
 from prunepeft.trial_cache import TrialCache
@@ -56,6 +58,7 @@ class Engine:
             seed=plan.config.seed,
             trust_remote_code=trust,
         )
+        self._check_packing()
         for name in plan.head:
             self.model.get_submodule(name).float()  # the head trains in full: small steps need fp32
         self.evaluator = TrainerEvaluator(
@@ -111,10 +114,30 @@ class Engine:
             device=device,
             bf16=self.bf16,
             progress=progress,
+            packer=self._packer(),
             prefix=PrefixReuse(
                 int(self.plan.config.train.prefix_cache_gb * 1e9), self.folder.state_dir
             ),
         )
+
+    def _packer(self) -> Any:
+        """What packs rows for training, if that is asked for."""
+        train, task = self.plan.config.train, self.plan.task
+        packer = task.packer(self.processor, train.max_length) if train.packing else None
+        if train.packing and packer is None:
+            raise ConfigError(
+                f"train.packing=true packs rows of a causal language model, and the task is "
+                f"{task.name}; leave it out."
+            )
+        return packer
+
+    def _check_packing(self) -> None:
+        """Raise ConfigError if the model does not keep packed rows apart."""
+        phases = self.phases
+        if phases.packer is None:
+            return
+        rows = phases.train.__getitems__(list(range(min(ROWS_CHECKED, len(phases.train)))))
+        check_packing(self.model.eval(), phases.collator, phases.packer, rows)
 
     def _cache(self, device: str) -> TrialCache | None:
         place = self.plan.config.cache

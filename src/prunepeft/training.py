@@ -90,6 +90,7 @@ class Phases:
         bf16: Whether to autocast to bfloat16.
         progress: Where progress goes.
         prefix: Output of frozen layers that is kept; None runs all layers in every step.
+        packer: Rows to a batch for training, if not the collator.
     """
 
     train: Dataset
@@ -102,6 +103,7 @@ class Phases:
     bf16: bool
     progress: Progress
     prefix: PrefixReuse | None = None
+    packer: Callable[[list[dict]], Mapping[str, torch.Tensor]] | None = None
     pieces: int = 1  # micro-batches per step and process; doubles when memory runs out
     eval_pieces: int = 1  # the same for a batch of evaluation
 
@@ -115,7 +117,7 @@ class Phases:
         self, net: nn.Module, rows: Dataset, epochs: int, name: str
     ) -> AbstractContextManager[None]:
         """Where it pays, frozen layers do not run in the phases inside; see `PrefixReuse.over`."""
-        if self.prefix is None:
+        if self.prefix is None or self.packer is not None:  # states are kept for rows, not packs
             return nullcontext()
         return self.prefix.over(net, self, rows, epochs, name)
 
@@ -218,7 +220,7 @@ class Phases:
             args=args,
             train_dataset=rows,
             eval_dataset=judged,
-            data_collator=self.collator,
+            data_collator=self.packer if rows is not None and self.packer else self.collator,
             optimizers=(optimizer, scheduler),
             compute_metrics=lambda p: self.compute(p.predictions, p.label_ids),
             preprocess_logits_for_metrics=self.preprocess_logits,

@@ -81,6 +81,12 @@ class Task(ABC):
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]:
         """Make the function from encoded rows to a batch."""
 
+    def packer(
+        self, processor: Any, max_length: int | None
+    ) -> Callable[[list[dict[str, Any]]], Mapping[str, Tensor]] | None:
+        """Make the function that packs rows for training; None where rows cannot be packed."""
+        return None
+
     @abstractmethod
     def count_tokens(self, config: PreTrainedConfig, max_length: int | None) -> int:
         """Tokens of a row as the model sees it, at most, for estimates of memory."""

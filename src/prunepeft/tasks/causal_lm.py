@@ -24,6 +24,7 @@ from prunepeft.data import Splits
 from prunepeft.errors import ConfigError, DataError
 from prunepeft.metrics import language_model_metrics
 from prunepeft.tasks.base import IGNORED, has_own_class
+from prunepeft.tasks.packing import PackingCollator
 from prunepeft.tasks.text import TextTask
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,10 @@ class CausalLM(TextTask):
                 "length": [len(ids) for ids, _ in kept],
             }
         )
+
+    def packer(self, processor: PreTrainedTokenizerBase, max_length: int | None) -> PackingCollator:
+        """See `Task.packer`; packs are as long as the longest row may be."""
+        return PackingCollator(processor.pad_token_id, self._max_length(processor, max_length))
 
     def preprocess_logits(self, logits: Any, labels: Tensor) -> Tensor:
         """Sum of the negative log-likelihoods and number of tokens of each row, (B, 2) float32.
