@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunepeft.errors import SiteError
 from prunepeft.families import FAMILIES, Stack, guess_role
+from prunepeft.quantized import is_quantized
 from prunepeft.space import Site
 
 logger = logging.getLogger(__name__)
@@ -105,9 +106,8 @@ def count_base_params(model: nn.Module) -> int:
     sizes: dict[int, int] = {}
     for module in (m for part in parts for m in part.modules()):
         dims = linear_dims(module)
-        weight = getattr(module, "weight", None)
         own = dict(module.named_parameters(recurse=False))
-        if dims and (weight is None or not weight.is_floating_point()):
+        if dims and is_quantized(module):
             own.pop("weight", None)
             sizes[id(module)] = dims[0] * dims[1]
         sizes |= {id(p): p.numel() for p in own.values()}

@@ -16,7 +16,7 @@ LAYERS = (
     ("registry", "docstrings", "state", "memory", "processes"),
     ("space", "budget", "schedules", "config", "metrics", "pareto"),
     ("paired_tests", "comparison"),
-    ("kinds", "sites", "families"),
+    ("kinds", "sites", "families", "quantized"),
     ("candidates",),
     ("supernet", "sparse_tuning", "criteria"),
     ("structured", "supernet.export", "compression"),
@@ -66,7 +66,7 @@ LIGHT = (
     "_version",
 )
 HEAVY = {"torch", "transformers", "peft", "matplotlib", "datasets", "sklearn", "scipy", "ray"}
-EXTRAS = {"botorch", "gpytorch", "jax", "numpyro", "ray"}
+EXTRAS = {"bitsandbytes", "botorch", "gpytorch", "jax", "numpyro", "ray"}
 
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in FILES}

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from prunepeft.sites import linear_dims
 from prunepeft.supernet.attach import ADAPTER
 from prunepeft.supernet.layer import Branch, UnionLayer
 
@@ -29,7 +30,8 @@ class BaseLayer:
         # A plain layer is wrapped on the side: the wrapper knows transposed and quantised weights.
         self.union = module if isinstance(module, UnionLayer) else UnionLayer(module)
         self.inputs: dict[str, Tensor] = {}
-        self.shape: tuple[int, int] = tuple(self.union.frozen_weight().shape)  # pyright: ignore
+        d_in, d_out = linear_dims(self.union.get_base_layer())
+        self.shape = (d_out, d_in)
 
     @property
     def branch(self) -> Branch | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunepeft.errors import ConfigError
 from prunepeft.families import guess_role
+from prunepeft.quantized import is_quantized
 from prunepeft.sites import linear_dims
 from prunepeft.structured.activity import Activity
 from prunepeft.structured.base_criteria import BASE_CRITERIA, BaseCriterion
@@ -116,7 +117,7 @@ class Scorer:
                 f"another criterion ({others})."
             )
         if "weight_gradients" in self.criterion.needs:
-            bad = [la.path for _, la in kept if not la.weight.is_floating_point()]
+            bad = [la.path for _, la in kept if is_quantized(la.union.get_base_layer())]
             if bad:
                 raise ConfigError(
                     f"criterion {self.criterion.name!r} needs the gradient of the base weights, "

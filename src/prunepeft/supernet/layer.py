@@ -9,14 +9,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from prunepeft.errors import StateError
+from prunepeft.errors import ConfigError, StateError
 from prunepeft.kinds.base import STAGES, Kind, seeded
+from prunepeft.quantized import dense_weight, is_quantized
 from prunepeft.sites import norm_width
 from prunepeft.space import Site
 from prunepeft.supernet.input_tap import InputTap, taps_on
 from prunepeft.supernet.norm_scale import scale_offset
 
 PREFIX = "union_"
+NO_MERGE = (
+    "the base model is quantised; merging would round every weight again and change the model. "
+    "Keep the adapter apart, or put it on the full precision model that the base was made from and "
+    "merge it there (export with base= that model)."
+)
 
 
 @dataclass
@@ -136,7 +142,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
     # --- what kinds may ask (Host) ---------------------------------------------------------
 
     def frozen_weight(self) -> Tensor:
-        weight = self.get_base_weight()
+        weight = dense_weight(self.get_base_layer())
         return weight.T if self.is_transposed else weight
 
     def frozen_row_norm(self) -> Tensor:
@@ -231,6 +237,8 @@ class UnionLayer(nn.Module, BaseTunerLayer):
         if not adapters:
             return
         base = self.get_base_layer()
+        if is_quantized(base):
+            raise ConfigError(NO_MERGE)
         original = (base.weight.detach().clone(), _bias_of(base))
         branches = [(a, b) for a in adapters for b in self.branches[a].values()]
         weight, bias = self.merged_with(branches)

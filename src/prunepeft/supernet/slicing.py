@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunepeft.errors import ConfigError
+from prunepeft.quantized import is_quantized
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -13,7 +14,8 @@ def check_sliceable(path: str, layer: nn.Module) -> None:
     """Raise ConfigError unless features can be cut out of this layer: a plain one in floats."""
     weight = getattr(layer, "weight", None)
     plain = isinstance(layer, nn.Linear | Conv1D | nn.Embedding) and isinstance(weight, Tensor)
-    if not plain or weight.ndim != 2 or weight.dtype not in _FLOATS:
+    quantised = isinstance(layer, nn.Linear) and is_quantized(layer)
+    if not plain or weight.ndim != 2 or weight.dtype not in _FLOATS or quantised:
         of = f" of {str(weight.dtype).removeprefix('torch.')}" if plain else ""
         raise ConfigError(
             f"{path!r} is a {type(layer).__name__}{of}; heads and neurons can only be cut out of "

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from prunepeft.errors import CheckpointError, ConfigError, SiteError
 from prunepeft.kinds import slot_kind
+from prunepeft.quantized import is_quantized, is_readable, stay_trainable
 from prunepeft.sites import layer_dims, norm_width
 from prunepeft.space import Placement, Site, Slot
 from prunepeft.supernet.attention import carry, check_attention, release
 from prunepeft.supernet.base_digest import base_digest, check_base, is_digest
 from prunepeft.supernet.input_tap import InputTap
-from prunepeft.supernet.layer import PREFIX, Branch, UnionLayer
+from prunepeft.supernet.layer import NO_MERGE, PREFIX, Branch, UnionLayer
 
 
 class UnionPeftType(enum.StrEnum):
@@ -107,6 +108,7 @@ class UnionModel(BaseTuner):
         if peft_config.base_digest is None and not peft_config._was_saved:
             peft_config.base_digest = base_digest(model)
         check_base(peft_config.base_digest, model)
+        stay_trainable(model)
         modules = dict(model.named_modules())
         for path, entries in peft_config.by_path.items():
             site = entries[0][1]
@@ -123,8 +125,7 @@ class UnionModel(BaseTuner):
                 else modules[path]
             )
             _check_dims(path, site, base)
-            for kind in (slot_kind(slot) for slot, s, _ in entries if not slot_kind(slot).fits(s)):
-                raise SiteError(f"{kind.name!r} needs {kind.home}; {path!r} is no such site.")
+            _check_kinds(path, entries, base)
             if any("attention" in slot_kind(slot).stages(s) for slot, s, _ in entries):
                 parent = path.rpartition(".")[0]
                 check_attention(modules[parent], parent, is_fused=site.role == "fused_qkv")
@@ -172,10 +173,12 @@ class UnionModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        layers = [layer for layer in self.model.modules() if isinstance(layer, UnionLayer)]
+        if any(is_quantized(layer.get_base_layer()) for layer in layers):
+            raise ConfigError(NO_MERGE)
         kinds = {
             branch.kind
-            for layer in self.model.modules()
-            if isinstance(layer, UnionLayer)
+            for layer in layers
             for name in layer.active_adapters
             for branch in layer.branches.get(name, {}).values()
         }
@@ -237,6 +240,18 @@ def _tap(model: nn.Module, source: str) -> InputTap:
     tap = InputTap()
     tap.handle = base.register_forward_pre_hook(tap, with_kwargs=True)
     return tap
+
+
+def _check_kinds(path: str, entries: list[tuple[Slot, Site, int]], base: nn.Module) -> None:
+    for kind, site in ((slot_kind(slot), site) for slot, site, _ in entries):
+        if not kind.fits(site):
+            raise SiteError(f"{kind.name!r} needs {kind.home}; {path!r} is no such site.")
+        if kind.reads_weight and not is_readable(base):
+            raise SiteError(
+                f"{kind.name!r} needs the frozen weight as plain numbers; {path!r} is a "
+                f"{type(base).__name__} whose codes cannot be read back. Use other kinds, or a "
+                "base model in full precision, 8bit or 4bit."
+            )
 
 
 def _check_dims(path: str, site: Site, base: nn.Module) -> None:
