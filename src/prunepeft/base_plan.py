@@ -1,15 +1,18 @@
-"""What a run may cut from the frozen base model, checked before any weight is read."""
+"""What becomes of the frozen base model, checked before any weight is read: cut, or quantised."""
 
 import copy
 import logging
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from prunepeft.config import RunConfig
 from prunepeft.errors import ConfigError
+from prunepeft.quantized import Storage, asked, require, stored
 from prunepeft.sites import find_sites
 from prunepeft.space import Site
+from prunepeft.strategies import METHODS
 from prunepeft.strategies.light_peft import THIRD
 from prunepeft.structured.cut import Cut, check_ratio, n_removed
 from prunepeft.structured.groups import Group, find_groups
@@ -32,10 +35,11 @@ def plan_groups(config: RunConfig, model: nn.Module, *, cuts_base: bool) -> tupl
     """
     if config.arch is not None or not (config.base_ratio or cuts_base):
         return ()
-    if getattr(model.config, "quantization_config", None) is not None:
+    if config.quantize != "none" or stored(model.config) is not None:
         raise ConfigError(
             f"the base model {config.model!r} is quantised, and its layers cannot be cut. Cut the "
-            "full precision model it was made from, and quantise what is left."
+            "full precision model first (prune-base without quantize), and quantise what is left: "
+            "search with model=RUN/base and quantize=8bit or 4bit."
         )
     groups = find_groups(model)
     ratios = asked_ratios(config)
@@ -45,6 +49,42 @@ def plan_groups(config: RunConfig, model: nn.Module, *, cuts_base: bool) -> tupl
         if ratios[what] is not None:
             check_ratio(groups, what, ratios[what])
     return _stock_groups(config, model, groups, ratios) if config.base.stock else groups
+
+
+def plan_storage(
+    config: RunConfig,
+    model: PreTrainedModel,
+    head: Sequence[str],
+) -> Storage | None:
+    """How the base model is quantised in the run; None if it is not.
+
+    Args:
+        config: The settings.
+        model: The base model without weights.
+        head: Names of its modules that are trained in full.
+    Raises:
+        ConfigError: if the model is quantised on disk already, or the method needs plain weights.
+        MissingExtraError: if bitsandbytes is not installed.
+    """
+    storage = stored(model.config)
+    if config.quantize != "none":
+        if storage is not None:
+            raise ConfigError(
+                f"quantize is {config.quantize}, but the base model {config.model!r} is held in "
+                f"{storage.in_words}. Leave quantize out to use it so, or give the full precision "
+                "model it was made from."
+            )
+        storage = asked(config.quantize, model, head)
+    if storage is None:
+        return None
+    require(storage)
+    method = METHODS.get(config.method)
+    if method.reads_gradients and config.arch is None:
+        raise ConfigError(
+            f"method {method.name} needs gradients of the frozen weights, which a quantised base "
+            "model does not have. Use another method, for example eva, or leave quantize out."
+        )
+    return storage
 
 
 def asked_ratios(config: RunConfig) -> dict[str, float | None]:

@@ -56,6 +56,8 @@ class Engine:
             plan.splits,
             dtype="bfloat16" if self.bf16 else "float32",
             seed=plan.config.seed,
+            storage=plan.storage,
+            device=device,
             trust_remote_code=trust,
         )
         self._check_packing()
@@ -156,6 +158,8 @@ class Engine:
             "search_lr": config.search.lr,
             "version": __version__,
         }
+        if config.quantize != "none":
+            context["quantize"] = config.quantize
         return Target(
             metric=plan.metric,
             greater_is_better=METRICS.get(plan.metric).greater_is_better,

@@ -9,6 +9,7 @@ from prunepeft.config import RunConfig
 from prunepeft.data import Splits
 from prunepeft.kinds import cost, count_params
 from prunepeft.plan import Plan, check_device, problem_of
+from prunepeft.quantized import BYTES
 from prunepeft.space import Placement, SearchSpace
 from prunepeft.state import disk_free
 from prunepeft.strategies import Allocator
@@ -25,7 +26,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     train_steps = n_steps(len(splits.train), config.train.batch_size) * config.train.epochs
     by_kind = {k: [s for s in placement if s.kind == k] for k in placement.kinds}
     info = {
-        "model": {"name": config.model, "family": plan.family, "n_params": plan.n_base},
+        "model": _model(plan),
         "task": {"name": plan.task.name, "metric": plan.metric},
         "data": _data(splits),
         "head": plan.head,
@@ -57,6 +58,11 @@ def describe(plan: Plan) -> dict[str, Any]:
     existing = next(p for p in (output, *output.parents) if p.exists())
     info["disk_free_bytes"] = disk_free(existing)
     return info
+
+
+def _model(plan: Plan) -> dict[str, Any]:
+    found = {"name": plan.config.model, "family": plan.family, "n_params": plan.n_base}
+    return found | ({"weights": plan.storage.in_words} if plan.storage else {})
 
 
 def _width(plan: Plan) -> int:
@@ -178,7 +184,18 @@ def estimate_memory(plan: Plan, trained: int) -> int:
     per_token = (2 * wide + 8 * hidden * layers) * width
     if config.train.gradient_checkpointing:
         per_token //= max(1, layers)
-    return plan.n_base * width + trained * 16 + rows * plan.n_tokens * per_token
+    return _held_bytes(plan, width) + trained * 16 + rows * plan.n_tokens * per_token
+
+
+def _held_bytes(plan: Plan, width: int) -> int:
+    """Bytes of the frozen model; of a quantised one with its largest layer in plain numbers."""
+    bits = plan.storage and plan.storage.bits
+    if bits not in BYTES:
+        return plan.n_base * width
+    sizes = {s.path: s.d_in * s.d_out for s in plan.sites if s.role != "norm"}
+    coded = sum(sizes.values())
+    plain = plan.n_base - coded + max(sizes.values(), default=0)
+    return math.ceil(coded * BYTES[bits]) + plain * width
 
 
 def estimate_disk(config: RunConfig, limit: int, supernet: int, head: int) -> int:

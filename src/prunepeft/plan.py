@@ -3,14 +3,14 @@
 import logging
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from prunepeft.architecture import check_fits, read_architecture
 from prunepeft.backends import Backend, Serial, check_backend
-from prunepeft.base_plan import narrowed_sites, plan_groups
+from prunepeft.base_plan import narrowed_sites, plan_groups, plan_storage
 from prunepeft.batches import n_steps
 from prunepeft.budget import Budget, Fidelity
 from prunepeft.candidates import LORA_ALL_ROLES, make_lora_baseline, make_space, paper_space
@@ -19,10 +19,10 @@ from prunepeft.data import Splits, load_data
 from prunepeft.errors import BudgetError, ConfigError
 from prunepeft.kinds import cost
 from prunepeft.metrics import METRICS, check_metric
+from prunepeft.quantized import Storage
 from prunepeft.sites import count_base_params, find_sites
 from prunepeft.space import Placement, SearchSpace, Site
 from prunepeft.sparse_tuning import IstSettings
-from prunepeft.state import read_json
 from prunepeft.strategies import METHODS, Problem, Strategy
 from prunepeft.strategies.make import make_strategy
 from prunepeft.structured.groups import Group
@@ -55,6 +55,7 @@ class Plan:
         head: Modules trained in full, and how many parameters they have.
         n_tokens: Tokens of the longest row, for estimates.
         groups: What may be cut from the base model; empty if it stays whole.
+        storage: How the base model is quantised; None if it is not.
     """
 
     config: RunConfig
@@ -71,6 +72,7 @@ class Plan:
     head: dict[str, int]
     n_tokens: int
     groups: tuple[Group, ...] = ()
+    storage: Storage | None = None
 
     @property
     def base_ratios(self) -> dict[str, float]:
@@ -158,6 +160,7 @@ def make_plan(config: RunConfig) -> Plan:
         head={name: _size(model.get_submodule(name)) for name in task.head_modules(model)},
         n_tokens=task.count_tokens(model.config, config.train.max_length),
         groups=plan_groups(config, model, cuts_base=method.cuts_base),
+        storage=plan_storage(config, model, task.head_modules(model)),
     )
     _check_budget(plan, model)
     return plan
@@ -172,20 +175,6 @@ def _check_place(config: RunConfig, method: type[Strategy]) -> None:
 
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def read_architecture(path: str) -> Placement:
-    """Placement of an `arch.json`, or of the run folder that holds one."""
-    file = Path(path)
-    if file.is_dir():
-        file = next(
-            (f for f in (file / "best" / "arch.json", file / "arch.json") if f.is_file()), file
-        )
-    if not file.is_file():
-        raise ConfigError(
-            f"arch {path!r} is no arch.json and no run folder that holds one; give either."
-        )
-    return Placement.from_dict(read_json(file))
 
 
 def _cpu_has_bf16() -> bool:
@@ -268,7 +257,7 @@ def _check_budget(plan: Plan, model: nn.Module) -> None:
                 f"the given architecture costs {n:,} {plan.budget.unit}, over the budget of "
                 f"{plan.limit:,}; raise the budget or leave it out."
             )
-        _check_fits(plan.given, plan.sites)
+        check_fits(plan.given, plan.sites)
         return
     if plan.budget is None:  # no search: only the base is cut
         return
@@ -283,17 +272,3 @@ def _check_narrowed(plan: Plan, model: nn.Module) -> None:
     if plan.space is not None and plan.config.base_ratio and not plan.strategy.cuts_base:
         sites = narrowed_sites(model, plan.groups, plan.base_ratios)
         _space(plan.config, sites, plan.budget, plan.limit)
-
-
-def _check_fits(given: Placement, sites: tuple[Site, ...]) -> None:
-    """Raise ConfigError if a given architecture is of a base model of other widths."""
-    widths = {s.path: (s.d_in, s.d_out) for s in sites}
-    for site in (site for slot in given for site in slot.sites):
-        found = widths.get(site.path)
-        if found != (site.d_in, site.d_out):
-            there = f"one of {found[0]} to {found[1]}" if found else "no such layer"
-            raise ConfigError(
-                f"the given architecture has a module on {site.path}, of {site.d_in} to "
-                f"{site.d_out} features; this model has {there}. Give the base model it was made "
-                "on: if its run cut the base, that is the folder base/ of the run (model=RUN/base)."
-            )

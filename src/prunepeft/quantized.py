@@ -33,13 +33,18 @@ class Storage:
     Attributes:
         method: Who quantised them, e.g. `bitsandbytes`.
         bits: Bits of a weight; None if the method does not say.
-        settings: Arguments of transformers' `BitsAndBytesConfig`; empty if the model is quantised
-            on disk and is opened as it is.
+        settings: Arguments of transformers' `BitsAndBytesConfig` but one, see `arguments`; empty if
+            the model is quantised on disk and is opened as it is.
     """
 
     method: str
     bits: int | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self, dtype: str) -> dict[str, Any]:
+        """Settings for a model whose other layers are in this number format, e.g. `bfloat16`."""
+        compute = {"bnb_4bit_compute_dtype": dtype} if self.bits == 4 else {}
+        return {**self.settings, **compute} if self.settings else {}
 
     @property
     def in_words(self) -> str:
@@ -64,7 +69,7 @@ def stored(config: Any) -> Storage | None:
     return Storage(method, bits)
 
 
-def asked(word: str, model: PreTrainedModel, head: Sequence[str], compute: str) -> Storage:
+def asked(word: str, model: PreTrainedModel, head: Sequence[str]) -> Storage:
     """How a plain model becomes quantised when it is opened.
 
     The head and the output embeddings stay plain; of the rest all linear layers are quantised.
@@ -73,14 +78,12 @@ def asked(word: str, model: PreTrainedModel, head: Sequence[str], compute: str) 
         word: A key of `BITS`.
         model: The model, with or without weights.
         head: Names of its modules that are trained in full.
-        compute: Number format in which 4-bit layers compute.
     """
     kept = {*HfQuantizer.get_modules_to_not_convert(model), *head}
     plain = sorted(name for name, _ in model.named_modules() if name in kept)
     settings: dict[str, Any] = {f"load_in_{word}": True, "llm_int8_skip_modules": plain}
     if word == "4bit":
         settings |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        settings |= {"bnb_4bit_compute_dtype": compute}
     return Storage(BITSANDBYTES, BITS[word], settings)
 
 

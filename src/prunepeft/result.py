@@ -13,7 +13,7 @@ from prunepeft.errors import StateError
 from prunepeft.evaluate import Outcome
 from prunepeft.kinds import cost, count_params, n_params
 from prunepeft.metrics import METRICS
-from prunepeft.plan import Plan
+from prunepeft.plan import Plan, check_device
 from prunepeft.space import Placement
 from prunepeft.state import RunFolder, read_json
 from prunepeft.strategies import SearchResult
@@ -196,9 +196,18 @@ def _input_record(plan: Plan) -> dict[str, Any]:
             "n_validation": len(splits.validation),
             "labels": list(splits.labels) if splits.labels else None,
         },
-        "model": {"name": plan.config.model, "family": plan.family, "n_params": plan.n_base},
+        "model": _model_record(plan),
         "data": {"source": splits.source, "fingerprint": splits.fingerprint},
     }
+
+
+def _model_record(plan: Plan) -> dict[str, Any]:
+    record = {"name": plan.config.model, "family": plan.family, "n_params": plan.n_base}
+    if plan.storage is None:
+        return record
+    dtype = "bfloat16" if plan.uses_bf16(check_device(plan.config.device)) else "float32"
+    held = {"words": plan.storage.in_words, "settings": plan.storage.arguments(dtype)}
+    return record | {"quantization": held}
 
 
 def _placement_record(plan: Plan, placement: Placement) -> dict[str, Any]:

@@ -37,7 +37,7 @@ LAYERS = (
     ("brief_training", "full_training", "calibration", "trainer_evaluator"),
     ("backends", "callback"),
     ("strategies",),
-    ("report", "base_plan", "plan"),
+    ("report", "architecture", "base_plan", "plan"),
     ("estimates",),
     ("engine", "result", "shrinking", "replica", "places", "run", "shipping", "library"),
     ("compare", "compare_cells", "compare_checks", "compare_settings"),

@@ -247,11 +247,12 @@ def test_norms_do_not_change_the_estimate_of_memory() -> None:
     train = SimpleNamespace(
         max_length=16, batch_size=4, gradient_accumulation=1, gradient_checkpointing=False
     )
-    config = SimpleNamespace(precision="fp32", train=train)
+    config = SimpleNamespace(device="cpu", train=train)
+    known = {"config": config, "storage": None, "uses_bf16": lambda device: False}
     sites = find_sites(TINY["bert"]())
     linear = [s for s in sites if s.role != "norm"]
     with_norms, without = (
-        SimpleNamespace(config=config, sites=s, n_base=10, n_tokens=16) for s in (sites, linear)
+        SimpleNamespace(**known, sites=s, n_base=10, n_tokens=16) for s in (sites, linear)
     )
     assert len(linear) < len(sites)
     assert estimate_memory(with_norms, 1) == estimate_memory(without, 1)

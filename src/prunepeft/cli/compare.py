@@ -20,6 +20,7 @@ from prunepeft.cli.options import (
     Offline,
     Overwrite,
     Precision,
+    Quantize,
     Quiet,
     Resume,
     ResumeFlag,
@@ -75,6 +76,7 @@ def compare(
     output: Annotated[str | None, typer.Option(help="Folder of the comparison.")] = None,
     device: Device = None,
     precision: Precision = None,
+    quantize: Quantize = None,
     resume: ResumeFlag = Resume.AUTO,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -96,6 +98,7 @@ def compare(
         "output": output,
         "device": device,
         "precision": precision,
+        "quantize": quantize,
         "offline": offline or None,
         "trust_remote_code": trust_remote_code or None,
     }

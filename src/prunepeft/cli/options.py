@@ -33,6 +33,7 @@ Task = Annotated[str | None, typer.Option(help="See `prunepeft ls tasks`.")]
 Metric = Annotated[str | None, typer.Option(help="See `prunepeft ls metrics`.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_RUN)]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32 or bf16.", rich_help_panel=_RUN)]
+Quantize = Annotated[str | None, typer.Option(help="none, 8bit or 4bit.", rich_help_panel=_RUN)]
 Backend = Annotated[str | None, typer.Option(help="serial, process or ray.", rich_help_panel=_RUN)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run folder.", rich_help_panel=_RUN)
@@ -106,6 +107,7 @@ def add_run_command(
         seed: Annotated[str | None, typer.Option(help="Whole number from 0.")] = None,
         device: Device = None,
         precision: Precision = None,
+        quantize: Quantize = None,
         backend: Backend = None,
         resume: ResumeFlag = Resume.AUTO,
         overwrite: Overwrite = False,
@@ -130,6 +132,7 @@ def add_run_command(
             "seed": seed,
             "device": device,
             "precision": precision,
+            "quantize": quantize,
             "backend": backend,
             "offline": offline or None,
             "trust_remote_code": trust_remote_code or None,

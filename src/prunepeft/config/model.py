@@ -58,6 +58,9 @@ class RunConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = about(
         "auto", "number format of the base model; auto: bf16 where the device is fast in it"
     )
+    quantize: Literal["none", "8bit", "4bit"] = about(
+        "none", "hold the frozen base model in 8 or 4 bits, by bitsandbytes"
+    )
     baseline: Literal["none", "lora", "lora-all"] = about(
         "none", "also train plain LoRA at equal budget: on query and value, or on all linears"
     )

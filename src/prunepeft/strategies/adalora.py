@@ -85,8 +85,9 @@ class MaskedRanks:
             net = get_peft_model(passes.model, self._peft_config(passes), adapter_name=ADAPTER)
         try:
             allocation = _Allocation(net.base_model)
-            # The tuner adds its penalty to the loss; the outermost class not always calls it.
-            passes.learn(net.base_model, recorder=allocation, after_step=allocation.after_step)
+            # The tuner adds its penalty to the loss; without a task type peft's model passes it by.
+            called = net if passes.task_type else net.base_model
+            passes.learn(called, recorder=allocation, after_step=allocation.after_step)
             ranks = allocation.ranks()
         finally:
             detach(net)

@@ -117,12 +117,14 @@ class Strategy(ABC):
         section: Section of the configuration whose keys are its fields.
         cuts_base: Whether it takes heads and neurons out of the base model itself.
         has_trials: Whether it trains placements that do not depend on each other.
+        reads_gradients: Whether it needs gradients of frozen weights, which quantised ones lack.
     """
 
     name: ClassVar[str]
     section: ClassVar[str] = "search"
     cuts_base: ClassVar[bool] = False
     has_trials: ClassVar[bool] = False
+    reads_gradients: ClassVar[bool] = False
 
     def default_share(self, problem: Problem) -> float:
         """Share of the training rows that the search sees, if the settings name none."""

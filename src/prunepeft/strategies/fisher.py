@@ -25,6 +25,7 @@ class Fisher(BatchAllocator):
     """
 
     name: ClassVar[str] = "fisher"
+    reads_gradients: ClassVar[bool] = True
 
     warm_head: bool = True
 

@@ -12,7 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prunepeft.data import Splits
 from prunepeft.errors import DataError
+from prunepeft.quantized import Storage, stored
 from prunepeft.tasks.loading import load_config, load_pretrained, make_empty
+from prunepeft.tasks.quantized_opening import opening_options, settle
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,8 @@ class Task(ABC):
         *,
         dtype: str = "float32",
         seed: int = 0,
+        storage: Storage | None = None,
+        device: str = "cpu",
         trust_remote_code: bool = False,
     ) -> PreTrainedModel:
         """Load a pretrained model, with a head for the data that is drawn from `seed`.
@@ -119,20 +123,25 @@ class Task(ABC):
             splits: Gives the number and names of classes.
             dtype: "float32", "bfloat16" or "float16".
             seed: Of the fresh weights; global random state is left alone.
+            storage: How to quantise it; None opens it as it is on disk.
+            device: Where a quantised model is put: `cpu` or `cuda`. Others can be moved later.
             trust_remote_code: Whether code that comes with the model may run.
 
         Raises:
-            ConfigError: if there is no such model or it cannot do the task.
+            ConfigError: if there is no such model, or it cannot do the task, or it is quantised in
+                a way that cannot be trained through.
             CheckpointError: if its files are damaged.
         """
-        return load_pretrained(
-            self.auto_class(),
-            path,
-            self._config(path, splits, trust_remote_code),
-            dtype=dtype,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-        )
+        config = self._config(path, splits, trust_remote_code)
+        how = {"dtype": dtype, "seed": seed, "trust_remote_code": trust_remote_code}
+        storage = storage or stored(config)
+        if storage is None:
+            return load_pretrained(self.auto_class(), path, config, **how)
+        empty = self.make_empty_model(path, splits, trust_remote_code=trust_remote_code)
+        head = self.head_modules(empty)
+        options = opening_options(storage, config, empty, head, path, device, dtype)
+        model = load_pretrained(self.auto_class(), path, config, **how, **options)
+        return settle(model, head, path)
 
     def make_empty_model(
         self, path: str, splits: Splits, *, trust_remote_code: bool = False

@@ -151,6 +151,7 @@ def load_pretrained(
     dtype: str,
     seed: int,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load weights into the architecture of `config`; fresh tensors are drawn from `seed`.
 
@@ -171,6 +172,7 @@ def load_pretrained(
             local_files_only=Path(place).is_dir(),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **options,
         )
     _check_fresh(model, info, path)
     return model
@@ -293,7 +295,6 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, n_tokens: int, path: s
         )
     if max(ids) >= n_tokens:
         raise ConfigError(
-            f"the tokenizer of model {path!r} has tokens up to number {max(ids)}, but the "
-            f"model knows "
-            f"only {n_tokens}; they do not belong together. Give the tokenizer of this model."
+            f"the tokenizer of model {path!r} has tokens up to number {max(ids)}, but the model "
+            f"knows only {n_tokens}; they do not belong together. Give the tokenizer of this model."
         )

@@ -64,14 +64,11 @@ class TextTask(Task):
         path: str,
         splits: Splits,
         *,
-        dtype: str = "float32",
-        seed: int = 0,
         trust_remote_code: bool = False,
+        **options: Any,
     ) -> PreTrainedModel:
         """See `Task.load_model`; the model learns the pad token of its tokenizer."""
-        model = super().load_model(
-            path, splits, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code
-        )
+        model = super().load_model(path, splits, trust_remote_code=trust_remote_code, **options)
         tokenizer = self.load_processor(path, trust_remote_code=trust_remote_code)
         model.config.pad_token_id = tokenizer.pad_token_id
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
