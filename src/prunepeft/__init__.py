@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prunepeft.supernet.attach import attach, detach, placement_of
     from prunepeft.supernet.export import export_adapter
     from prunepeft.supernet.tuner import UnionConfig
+    from prunepeft.tasks.quantized_opening import open_quantized
 
 _WHERE = {
     "search": "prunepeft.library",
@@ -39,6 +40,7 @@ _WHERE = {
     "export_adapter": "prunepeft.supernet.export",
     "load_base": "prunepeft.structured.opening",
     "load_cut": "prunepeft.structured.opening",
+    "open_quantized": "prunepeft.tasks.quantized_opening",
     "Budget": "prunepeft.budget",
     "Placement": "prunepeft.space",
     "SearchSpace": "prunepeft.space",
@@ -66,6 +68,7 @@ __all__ = [
     "export_adapter",
     "load_base",
     "load_cut",
+    "open_quantized",
     "Budget",
     "Placement",
     "SearchSpace",

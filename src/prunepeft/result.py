@@ -207,6 +207,7 @@ def _model_record(plan: Plan) -> dict[str, Any]:
         return record
     dtype = "bfloat16" if plan.uses_bf16(check_device(plan.config.device)) else "float32"
     held = {"words": plan.storage.in_words, "settings": plan.storage.arguments(dtype)}
+    held |= {"head": list(plan.head)}
     return record | {"quantization": held}
 
 

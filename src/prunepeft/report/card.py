@@ -1,6 +1,5 @@
 """The model card: README.md of a run folder."""
 
-import json
 import math
 import re
 from typing import Any
@@ -9,6 +8,7 @@ import yaml
 
 from prunepeft.report.base_table import base_sentence
 from prunepeft.report.grid import modules_of, plain
+from prunepeft.report.loading_code import loading_code, needs_prunepeft, quantization_sentence
 from prunepeft.report.page import render
 from prunepeft.report.record import Evidence, Result
 from prunepeft.report.render import to_markdown
@@ -26,12 +26,6 @@ _PIPELINES = {
     "regression": "text-classification",
     "causal-lm": "text-generation",
     "image-cls": "image-classification",
-}
-_AUTO_CLASSES = {
-    "seq-cls": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "image-cls": "AutoModelForImageClassification",
 }
 
 
@@ -54,6 +48,7 @@ def make_card(evidence: Evidence) -> str:
         loading=fenced(loading_code(evidence), "python"),
         needs_prunepeft=needs_prunepeft(evidence),
         base=base_sentence(result.base),
+        quantized=quantization_sentence(result.model.quantization),
         only_lora={m.kind for m in modules} == {"lora"},
         command=fenced(plain(result.command, 4000), "bash") if result.command else "",
         history=evidence.history,
@@ -85,46 +80,6 @@ def front_matter(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def loading_code(evidence: Evidence) -> str:
-    """Python lines that load the adapter of a run."""
-    result = evidence.result
-    cls = evidence.base_class or _AUTO_CLASSES.get(result.task.name, "AutoModel")
-    n_labels = 1 if result.task.name == "regression" else len(result.task.labels)
-    labels = f", num_labels={n_labels}" if n_labels and "Classification" in cls else ""
-    tokenizer, processor = "tokenizer", "AutoTokenizer"
-    if result.task.name == "image-cls":
-        labels += ", ignore_mismatched_sizes=True"  # pretrained on other classes, as most are
-        tokenizer, processor = "processor", "AutoImageProcessor"
-    name = _quoted("base" if result.base else result.model.name)
-    stock = result.base is None or result.base.stock
-    load = f"{cls}.from_pretrained({name}{labels})" if stock else f"prunepeft.load_base({name})"
-    lines = [
-        _import_line(evidence, stock),
-        "from peft import PeftModel",
-        f"from transformers import {cls}, {processor}"
-        if stock
-        else f"from transformers import {processor}",
-        "",
-        f"base = {load}",
-        'model = PeftModel.from_pretrained(base, "best/adapter").eval()',
-        f"{tokenizer} = {processor}.from_pretrained({name})",
-    ]
-    return "\n".join(lines).lstrip("\n")
-
-
-def _import_line(evidence: Evidence, stock: bool) -> str:
-    if not stock:
-        return "import prunepeft  # opens this base model and makes peft know this adapter"
-    return "import prunepeft  # makes peft know this adapter" if needs_prunepeft(evidence) else ""
-
-
-def needs_prunepeft(evidence: Evidence) -> bool:
-    """Whether the adapter opens only where prunepeft is imported."""
-    if evidence.adapter_type:
-        return evidence.adapter_type != "LORA"
-    return {module.kind for module in modules_of(evidence)} != {"lora"}
-
-
 def fenced(text: str, language: str) -> str:
     """A Markdown code block that no line of the text can close."""
     longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
@@ -138,11 +93,6 @@ def _yaml(data: dict[str, Any]) -> str:
     if text.replace("\n", "").isprintable():
         return text
     return yaml.safe_dump(data, sort_keys=False, width=10_000)
-
-
-def _quoted(text: str) -> str:
-    """A Python string literal, in double quotes where nothing has to be escaped."""
-    return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
 
 
 def _title(result: Result) -> str:

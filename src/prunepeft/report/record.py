@@ -13,6 +13,7 @@ from prunepeft.space import Placement
 
 MAX_BYTES = 256 * 2**20
 MAX_CONFIG_CHARS = 100_000
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -37,10 +38,17 @@ class TaskInfo(_Section):
     labels: list[Any] = []
 
 
+class QuantizationInfo(_Section):
+    words: str = ""
+    settings: dict[str, bool | str | list[str]] = {}
+    head: list[str] = []
+
+
 class ModelInfo(_Section):
     name: str = ""
     family: str = ""
     n_params: int | None = None
+    quantization: QuantizationInfo | None = None
 
 
 class DataInfo(_Section):
@@ -222,16 +230,15 @@ def read_evidence(run: Path) -> Evidence:
             f"{run} holds no result.json, so there is nothing to report yet. Give the folder of a "
             "finished run, or run the same search or train command again: it resumes and finishes."
         )
-    history_data = read_json(run / "history.json") if (run / "history.json").is_file() else None
-    history = None if history_data is None else parse(History, history_data, run / "history.json")
-    space = history.space if history else {}
+    file = run / "history.json"
+    history = parse(History, read_json(file), file) if file.is_file() else None
     adapter = _read_mapping(run / "best" / "adapter" / "adapter_config.json")
     mapping = adapter.get("auto_mapping")
     return Evidence(
         run=run,
         result=parse(Result, read_json(run / "result.json"), run / "result.json"),
         kept=read_placement(run / "best" / "arch.json"),
-        space=parse_placement(space, run / "history.json") if space else None,
+        space=parse_placement(history.space, file) if history and history.space else None,
         history=history,
         config=_read_config(run / "config.yaml"),
         data=_read_mapping(run / "data.json"),
@@ -248,9 +255,6 @@ def read_json(path: Path) -> Any:
             "from a copy, or run the command that wrote it again."
         )
     return state.read_json(path)
-
-
-_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def parse(cls: type[_Model], data: Any, source: Path | str) -> _Model:

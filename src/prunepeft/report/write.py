@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from prunepeft.report.card import loading_code, make_card
+from prunepeft.report.card import make_card
+from prunepeft.report.loading_code import loading_code
 from prunepeft.report.page import make_page
 from prunepeft.report.plots import make_pictures
 from prunepeft.report.record import read_evidence

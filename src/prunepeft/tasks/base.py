@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prunepeft.data import Splits
 from prunepeft.errors import DataError
 from prunepeft.quantized import Storage, stored
-from prunepeft.tasks.loading import load_config, load_pretrained, make_empty
-from prunepeft.tasks.quantized_opening import opening_options, settle
+from prunepeft.tasks.loading import check_path, load_config, load_pretrained, make_empty
+from prunepeft.tasks.quantized_opening import make_opening
 
 logger = logging.getLogger(__name__)
 
@@ -138,10 +138,11 @@ class Task(ABC):
         if storage is None:
             return load_pretrained(self.auto_class(), path, config, **how)
         empty = self.make_empty_model(path, splits, trust_remote_code=trust_remote_code)
-        head = self.head_modules(empty)
-        options = opening_options(storage, config, empty, head, path, device, dtype)
-        model = load_pretrained(self.auto_class(), path, config, **how, **options)
-        return settle(model, head, path)
+        opening = make_opening(
+            storage, config, empty, self.head_modules(empty), check_path(path), device, dtype
+        )
+        model = load_pretrained(self.auto_class(), path, config, **how, **opening.options)
+        return opening.settle(model, seed, path)
 
     def make_empty_model(
         self, path: str, splits: Splits, *, trust_remote_code: bool = False

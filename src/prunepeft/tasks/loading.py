@@ -150,7 +150,6 @@ def load_pretrained(
     *,
     dtype: str,
     seed: int,
-    trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """Load weights into the architecture of `config`; fresh tensors are drawn from `seed`.
@@ -162,13 +161,12 @@ def load_pretrained(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}.")
     place = check_path(path)
-    with _errors("weights", path), _seeded(seed):
+    with _errors("weights", path), seeded(seed):
         model, info = open_model(
             auto_class,
             place,
             config,
             dtype=DTYPES[dtype],
-            trust_remote_code=trust_remote_code,
             local_files_only=Path(place).is_dir(),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -179,7 +177,8 @@ def load_pretrained(
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed`, and leave torch's global random state as it was."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
