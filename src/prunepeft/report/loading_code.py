@@ -31,7 +31,7 @@ def loading_code(evidence: Evidence) -> str:
     names = [cls, processor] if stock else [processor]
     if held and held.settings:
         names = sorted([*names, "BitsAndBytesConfig"])
-    needs_ours = not stock or bool(held and not held.settings)
+    needs_ours = not stock or _is_read_back(held)
     lines = [
         _import_line(evidence, needs_ours),
         "from peft import PeftModel",
@@ -76,12 +76,11 @@ def _options(result: Result, cls: str) -> str:
 
 def _opening(cls: str, name: str, options: str, held: QuantizationInfo | None) -> str:
     """Lines that make `base` of a stock model."""
-    if held is None:
-        return f"base = {cls}.from_pretrained({name}{options})"
-    if not held.settings:  # on disk; a head may have to be made, or read back
-        head = f", head={_literal(held.head)}" if held.head else ""
+    if _is_read_back(held):
         options = options.replace(", ignore_mismatched_sizes=True", "")
-        return f"base = prunepeft.open_quantized({cls}, {name}{head}{options})"
+        return f"base = prunepeft.open_quantized({cls}, {name}, {_literal(held.head)}{options})"
+    if held is None or not held.settings:
+        return f"base = {cls}.from_pretrained({name}{options})"
     lines = [f"    {k}={_literal(v)}," for k, v in held.settings.items() if k.isidentifier()]
     return "\n".join(
         [
@@ -91,6 +90,11 @@ def _opening(cls: str, name: str, options: str, held: QuantizationInfo | None) -
             f"base = {cls}.from_pretrained({name}, quantization_config=quantization{options})",
         ]
     )
+
+
+def _is_read_back(held: QuantizationInfo | None) -> bool:
+    """Whether the base is quantised on disk with a head that has to be made, or read back."""
+    return held is not None and not held.settings and bool(held.head)
 
 
 def _literal(value: bool | str | list[str]) -> str:

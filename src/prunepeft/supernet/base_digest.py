@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,11 +35,21 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
                 f"a base model that {why} has no digest; load the plain model, or take the adapter "
                 "off with prunepeft.detach."
             )
-        entry = [name, str(tensor.dtype), list(tensor.shape)]
-        hasher.update(canonical_json(entry))
-        flat = tensor.detach().cpu().contiguous().flatten()
-        hasher.update(memoryview(flat.view(torch.uint8).numpy()))
+        for part_name, part in _parts(name, tensor.detach()):
+            hasher.update(canonical_json([part_name, str(part.dtype), list(part.shape)]))
+            flat = part.cpu().contiguous().flatten()
+            hasher.update(memoryview(flat.view(torch.uint8).numpy()))
     return hasher.hexdigest()
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor by its name; of one that wraps several (torchao's codes and scales), these."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield name, tensor
+        return
+    for inner in flatten()[0]:
+        yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def read_record(config: Any) -> dict[str, Any] | None:
