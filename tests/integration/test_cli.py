@@ -416,6 +416,7 @@ SETTINGS: list[tuple[str, int, str]] = [
     ("--seed one", 2, "seed got 'one'.*whole number"),
     ("--device tpu", 2, "'auto', 'cpu' or 'cuda'"),
     ("--precision int4", 2, "'auto', 'fp32' or 'bf16'"),
+    ("--quantize int4", 2, "'none', '8bit' or '4bit'"),
     ("--baseline all", 2, "'none', 'lora' or 'lora-all'"),
     ("load_in_4bit=true", 2, "unknown key 'load_in_4bit'"),
     ("train.batchsize=8", 2, "did you mean 'train.batch_size'"),

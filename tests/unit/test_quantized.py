@@ -513,6 +513,18 @@ def test_several_files_hold_the_codes_as_well_as_one(bnb, word, tmp_path):
     assert_close(dict(second.state_dict()), dict(first.state_dict()), rtol=0, atol=0)
 
 
+def test_the_first_forward_pass_changes_no_bias(bnb, tmp_path):
+    """4-bit layers would round them to the format they compute in."""
+    save_tiny_model(tmp_path, "bert", head="base")
+    empty = CLS.make_empty_model(str(tmp_path), rows(2))
+    held = asked("4bit", empty, CLS.head_modules(empty), "bfloat16")
+    model = CLS.load_model(str(tmp_path), rows(2), storage=held)
+    before = {n: layer.bias.clone() for n, layer in quantized_layers(model).items()}
+    model(**tiny_inputs("bert", model))
+    after = {n: layer.bias for n, layer in quantized_layers(model).items()}
+    assert_close(after, before, rtol=0, atol=0, check_dtype=False)
+
+
 @pytest.mark.parametrize("word", WORDS)
 def test_shared_trials_know_the_codes(bnb, word, tmp_path):
     save_tiny_model(tmp_path / "model", "bert", head="base")

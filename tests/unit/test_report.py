@@ -323,6 +323,49 @@ def test_loading_code_fits_the_task(run, task, labels, line):
     assert line in make_card(read_evidence(run))
 
 
+QUANTISED = {"words": "4 bits (bitsandbytes)", "settings": {"load_in_4bit": True}, "head": []}
+
+
+@pytest.mark.parametrize(
+    ("held", "lines"),
+    [
+        (
+            QUANTISED | {"settings": {"load_in_4bit": True, "llm_int8_skip_modules": ["a", "b"]}},
+            [
+                "from transformers import AutoModelForSequenceClassification, AutoTokenizer, "
+                "BitsAndBytesConfig",
+                '    llm_int8_skip_modules=["a", "b"],',
+                'from_pretrained("base/tiny", quantization_config=quantization, num_labels=2)',
+                "was held in 4 bits (bitsandbytes)",
+            ],
+        ),
+        (
+            QUANTISED | {"settings": {}, "head": ["score"]},
+            [
+                "import prunepeft  # opens this base model",
+                'prunepeft.open_quantized(AutoModelForSequenceClassification, "base/tiny", '
+                '["score"], num_labels=2)',
+            ],
+        ),
+        (QUANTISED | {"settings": {}}, ['from_pretrained("base/tiny", num_labels=2)']),
+        (
+            QUANTISED | {"settings": {"a=1);evil(": True, "b": '")\nevil('}},
+            ["    b='"],
+        ),
+    ],
+    ids=["stock", "head", "no-head", "hostile"],
+)
+def test_loading_code_opens_a_quantised_base(run, held, lines):
+    edit(run, "result.json", lambda r: r["model"].update(quantization=held))
+    edit(run, "result.json", lambda r: r["task"].update(name="seq-cls", labels=["a", "b"]))
+    card = make_card(read_evidence(run))
+    for line in lines:
+        assert line in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    called = {ast.unparse(c.func) for c in ast.walk(ast.parse(code)) if isinstance(c, ast.Call)}
+    assert not any("evil" in name for name in called)
+
+
 def test_no_result_yet(tmp_path):
     with pytest.raises(StateError, match=r"holds no result\.json.*resumes and finishes"):
         write_report(tmp_path)
