@@ -39,7 +39,7 @@ def make_quantized(
     """
     plain = TINY[family]()
     plain.save_pretrained(folder)
-    settings = asked(word, plain, HEADS[family], compute).settings
+    settings = asked(word, plain, HEADS[family]).arguments(compute)
     model = type(plain).from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32
     )

@@ -13,11 +13,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import prunepeft
 from prunepeft import quantized, run
+from prunepeft.candidates import make_space
 from prunepeft.config import load_config
 from prunepeft.errors import ConfigError, MissingExtraError
 from prunepeft.estimates import describe
 from prunepeft.plan import make_plan
 from prunepeft.quantized import BYTES
+from prunepeft.state_maker import StateMaker
 from prunepeft.strategies import METHODS
 from prunepeft.trainer_evaluator import TrainerEvaluator
 from tests.quantized_models import WORDS, save_quantized
@@ -248,6 +250,26 @@ def test_half_precision_and_checkpointing(bnb, world):
     assert held["bnb_4bit_compute_dtype"] == "bfloat16"
     losses = [epoch["validation_loss"] for epoch in result.report["train"]["curve"]]
     assert losses[-1] < losses[0]
+
+
+def test_frozen_blocks_of_codes_run_once_per_row(bnb, world, monkeypatch):
+    """4-bit layers compute alike in training and evaluation, so nothing changes."""
+    sites = [s for s in plan(world, "bert").sites if s.layer == 1]
+    placement = make_space(sites, ("lora", "dora"), sizes={"lora": 2, "dora": 2}).full()
+    arch = world.place / "upper.json"
+    arch.write_text(json.dumps(placement.to_dict()))
+    made, make = [], StateMaker.make
+    monkeypatch.setattr(StateMaker, "make", lambda *args: made.append(1) or make(*args))
+    adapters = []
+    for limit in (1.0, 0.0):
+        output = world.place / f"upper-{limit}"
+        train = {f"train.{key}": value for key, value in TRAIN.items()}
+        flags = {"model": str(world.place / "bert"), "data": world.data["bert"], "device": "cpu"}
+        flags |= {"arch": str(arch), "output": str(output), "quantize": "4bit", **train}
+        run.search(load_config(None, (), flags | {"train.prefix_cache_gb": limit}))
+        adapters.append(load_file(output / "best" / "adapter" / "adapter_model.safetensors"))
+        assert len(made) == 2  # of the training and of the validation rows, and only where asked
+    torch.testing.assert_close(adapters[0], adapters[1], rtol=0, atol=1e-5)
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_bytes(bnb, world, monkeypatch):

@@ -39,7 +39,7 @@ from prunepeft.structured.surgery import apply_cut
 from prunepeft.supernet import attach, detach, slot_parameters
 from prunepeft.supernet.export import export_adapter
 from prunepeft.tasks import TASKS
-from prunepeft.tasks.quantized_opening import Opening
+from prunepeft.tasks.quantized_opening import Opening, make_opening
 from prunepeft.trial_cache import TrialCache
 from tests.quantized_models import (
     HEADS,
@@ -198,14 +198,14 @@ def test_open_quantized_refuses_plain_models_and_unknown_heads(tmp_path):
 
 def test_head_and_output_embeddings_stay_plain():
     bert, llama = TINY["bert"](), TINY["llama"]()
-    held = asked("8bit", bert, HEADS["bert"], "float32")
+    held = asked("8bit", bert, HEADS["bert"])
     assert (held.method, held.bits, held.in_words) == ("bitsandbytes", 8, "8 bits (bitsandbytes)")
     assert held.settings == {
         "load_in_8bit": True,
         "llm_int8_skip_modules": ["bert.pooler", "classifier"],
     }
-    held = asked("4bit", llama, (), "bfloat16")
-    assert held.settings == {
+    held = asked("4bit", llama, ())
+    assert held.arguments("bfloat16") == {
         "load_in_4bit": True,
         "llm_int8_skip_modules": ["lm_head"],
         "bnb_4bit_quant_type": "nf4",
@@ -413,7 +413,7 @@ def opened(path, n_labels=2, word=None, **options):
     if word is None:
         return CLS.load_model(str(path), rows(n_labels), **options)
     empty = CLS.make_empty_model(str(path), rows(n_labels))
-    held = asked(word, empty, CLS.head_modules(empty), "float32")
+    held = asked(word, empty, CLS.head_modules(empty))
     return CLS.load_model(str(path), rows(n_labels), storage=held, **options)
 
 
@@ -517,8 +517,10 @@ def test_the_first_forward_pass_changes_no_bias(bnb, tmp_path):
     """4-bit layers would round them to the format they compute in."""
     save_tiny_model(tmp_path, "bert", head="base")
     empty = CLS.make_empty_model(str(tmp_path), rows(2))
-    held = asked("4bit", empty, CLS.head_modules(empty), "bfloat16")
-    model = CLS.load_model(str(tmp_path), rows(2), storage=held)
+    held = asked("4bit", empty, CLS.head_modules(empty))
+    opening = make_opening(held, empty.config, empty, [], str(tmp_path), "cpu", "bfloat16")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, **opening.options)
+    model = opening.settle(model, 0, "")
     before = {n: layer.bias.clone() for n, layer in quantized_layers(model).items()}
     model(**tiny_inputs("bert", model))
     after = {n: layer.bias for n, layer in quantized_layers(model).items()}
