@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from prunepeft.supernet.attach import attach, detach, placement_of
     from prunepeft.supernet.export import export_adapter
     from prunepeft.supernet.tuner import UnionConfig
-    from prunepeft.tasks.quantized_opening import open_quantized
 
 _WHERE = {
     "search": "prunepeft.library",
@@ -40,7 +39,6 @@ _WHERE = {
     "export_adapter": "prunepeft.supernet.export",
     "load_base": "prunepeft.structured.opening",
     "load_cut": "prunepeft.structured.opening",
-    "open_quantized": "prunepeft.tasks.quantized_opening",
     "Budget": "prunepeft.budget",
     "Placement": "prunepeft.space",
     "SearchSpace": "prunepeft.space",
@@ -68,7 +66,6 @@ __all__ = [
     "export_adapter",
     "load_base",
     "load_cut",
-    "open_quantized",
     "Budget",
     "Placement",
     "SearchSpace",

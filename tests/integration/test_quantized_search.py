@@ -226,7 +226,7 @@ def test_a_model_quantised_on_disk_is_searched_as_it_is(bnb, world, model, word,
     losses = [epoch["validation_loss"] for epoch in report["train"]["curve"]]
     assert losses[-1] < losses[0]
     code = (result.path / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    assert ("prunepeft.open_quantized" in code) == (model == "bert")
+    assert ("open_quantized" in code) == (model == "bert")
     monkeypatch.chdir(result.path)
     names = {}
     exec(compile(code, "README.md", "exec"), names)

@@ -17,7 +17,6 @@ from transformers import (
     GPTQConfig,
 )
 
-import prunepeft
 from prunepeft import quantized
 from prunepeft.candidates import make_space
 from prunepeft.errors import ConfigError, MissingExtraError, SiteError
@@ -38,7 +37,7 @@ from prunepeft.structured.groups import find_groups
 from prunepeft.structured.surgery import apply_cut
 from prunepeft.supernet import attach, detach, slot_parameters
 from prunepeft.supernet.export import export_adapter
-from prunepeft.tasks import TASKS
+from prunepeft.tasks import TASKS, open_quantized
 from prunepeft.tasks.quantized_opening import Opening, make_opening
 from prunepeft.trial_cache import TrialCache
 from tests.quantized_models import (
@@ -186,7 +185,7 @@ def test_a_head_that_cannot_be_read_back_is_refused():
 
 def test_open_quantized_refuses_plain_models_and_unknown_heads(tmp_path):
     place = str(save_tiny_model(tmp_path / "bert"))
-    opened = partial(prunepeft.open_quantized, AutoModelForSequenceClassification)
+    opened = partial(open_quantized, AutoModelForSequenceClassification)
     with pytest.raises(ConfigError, match="is not quantised on disk"):
         opened(place)
     config = json.loads((tmp_path / "bert" / "config.json").read_text())
@@ -475,7 +474,7 @@ def test_a_model_quantised_on_disk_gets_a_head_that_trains(
     logits = model(**inputs).logits
     assert logits.shape == (2, n_labels)
     assert logits.isfinite().all()
-    given = prunepeft.open_quantized(
+    given = open_quantized(
         AutoModelForSequenceClassification,
         str(place),
         CLS.head_modules(model),

@@ -342,8 +342,8 @@ QUANTISED = {"words": "4 bits (bitsandbytes)", "settings": {"load_in_4bit": True
         (
             QUANTISED | {"settings": {}, "head": ["score"]},
             [
-                "import prunepeft  # opens this base model",
-                'prunepeft.open_quantized(AutoModelForSequenceClassification, "base/tiny", '
+                "from prunepeft.tasks import open_quantized  # and makes peft know this adapter",
+                'base = open_quantized(AutoModelForSequenceClassification, "base/tiny", '
                 '["score"], num_labels=2)',
             ],
         ),

@@ -52,6 +52,7 @@ class Output:
         ):
             if self.verbosity < 1:  # libraries warn about themselves; ours are log records
                 warnings.simplefilter("ignore")
+                logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             yield
 
     def _level(self, chatty: bool) -> int:

@@ -31,9 +31,9 @@ def loading_code(evidence: Evidence) -> str:
     names = [cls, processor] if stock else [processor]
     if held and held.settings:
         names = sorted([*names, "BitsAndBytesConfig"])
-    needs_ours = not stock or _is_read_back(held)
+    opener = "from prunepeft.tasks import open_quantized  # and makes peft know this adapter"
     lines = [
-        _import_line(evidence, needs_ours),
+        opener if _is_read_back(held) else _import_line(evidence, stock),
         "from peft import PeftModel",
         f"from transformers import {', '.join(names)}",
         "",
@@ -78,7 +78,7 @@ def _opening(cls: str, name: str, options: str, held: QuantizationInfo | None) -
     """Lines that make `base` of a stock model."""
     if _is_read_back(held):
         options = options.replace(", ignore_mismatched_sizes=True", "")
-        return f"base = prunepeft.open_quantized({cls}, {name}, {_literal(held.head)}{options})"
+        return f"base = open_quantized({cls}, {name}, {_literal(held.head)}{options})"
     if held is None or not held.settings:
         return f"base = {cls}.from_pretrained({name}{options})"
     lines = [f"    {k}={_literal(v)}," for k, v in held.settings.items() if k.isidentifier()]
@@ -103,7 +103,7 @@ def _literal(value: bool | str | list[str]) -> str:
     return quoted(value) if isinstance(value, str) else repr(value)
 
 
-def _import_line(evidence: Evidence, needs_ours: bool) -> str:
-    if needs_ours:
+def _import_line(evidence: Evidence, stock: bool) -> str:
+    if not stock:
         return "import prunepeft  # opens this base model and makes peft know this adapter"
     return "import prunepeft  # makes peft know this adapter" if needs_prunepeft(evidence) else ""

@@ -5,6 +5,7 @@ from prunepeft.tasks.base import Task
 from prunepeft.tasks.causal_lm import CausalLM
 from prunepeft.tasks.classify import Regression, SequenceClassification
 from prunepeft.tasks.images import ImageClassification
+from prunepeft.tasks.quantized_opening import open_quantized
 from prunepeft.tasks.text import Collator
 
 TASKS: Registry[Task] = Registry("task")
@@ -21,4 +22,5 @@ __all__ = [
     "Regression",
     "SequenceClassification",
     "Task",
+    "open_quantized",
 ]
