@@ -32,6 +32,7 @@ from prunepeft.quantized import (
     stored,
 )
 from prunepeft.sites import count_base_params, find_sites
+from prunepeft.strategies.adalora import MaskedRanks
 from prunepeft.structured.cut import Cut
 from prunepeft.structured.groups import find_groups
 from prunepeft.structured.surgery import apply_cut
@@ -181,6 +182,15 @@ def test_a_head_that_cannot_be_read_back_is_refused():
     model.hf_quantizer = SimpleNamespace(is_trainable=True)
     with pytest.raises(ConfigError, match=r"head of model 'some/model' is quantised too \(classif"):
         Opening(["classifier"], {}).settle(model, 0, "some/model")
+
+
+def test_adalora_is_refused_where_peft_has_no_task_type():
+    model = TINY["vit"]()
+    model.is_quantized = True
+    passes = SimpleNamespace(model=model, task_type=None, seed=0)
+    with pytest.raises(ConfigError, match="adalora cannot train on this quantised model"):
+        MaskedRanks([], first=4, target=2).measure(passes)
+    assert not hasattr(model, "peft_config")
 
 
 def test_open_quantized_refuses_plain_models_and_unknown_heads(tmp_path):

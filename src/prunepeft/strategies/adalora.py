@@ -80,6 +80,11 @@ class MaskedRanks:
 
     def measure(self, passes: Passes) -> dict[str, Tensor]:
         """See `Probe.measure`."""
+        if getattr(passes.model, "is_quantized", False) and not passes.task_type:
+            raise ConfigError(
+                "method adalora cannot train on this quantised model, for whose task peft has no "
+                "type; use another method, for example eva, or leave quantize out."
+            )
         with torch.random.fork_rng():
             torch.manual_seed(passes.seed)
             net = get_peft_model(passes.model, self._peft_config(passes), adapter_name=ADAPTER)
