@@ -19,6 +19,7 @@ from prunepeft.progress import Progress, SilentProgress
 from prunepeft.space import Placement
 from prunepeft.state import RunFolder
 from prunepeft.supernet import detach
+from prunepeft.supernet.compiling import check_backend
 from prunepeft.tasks.packing import ROWS_CHECKED, check_packing
 from prunepeft.trainer_evaluator import TrainerEvaluator
 from prunepeft.training import Phases
@@ -47,6 +48,8 @@ class Engine:
         self.folder = folder
         self.is_main = is_main
         device = check_device(plan.config.device)
+        if plan.config.train.compile is not None:
+            check_backend(plan.config.train.compile)
         self.bf16 = plan.uses_bf16(device)
         trust = plan.config.trust_remote_code
         self.processor = plan.task.load_processor(plan.config.model, trust_remote_code=trust)

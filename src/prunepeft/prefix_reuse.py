@@ -50,6 +50,11 @@ class PrefixReuse:
         """States of these rows, while a training uses them."""
         return self._now.get(id(rows))
 
+    @property
+    def is_used(self) -> bool:
+        """Whether a training uses states now."""
+        return bool(self._now)
+
     def take_seconds(self) -> float:
         """Time that was spent on states since the last call."""
         spent, self._seconds = self._seconds, 0.0

@@ -34,10 +34,12 @@ from prunepeft.prefix_reuse import PrefixReuse
 from prunepeft.progress import Progress
 from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.supernet import slot_parameters
+from prunepeft.supernet.compiling import compiled
 
 logger = logging.getLogger(__name__)
 
 MAX_HALVINGS = 4
+COMPILED_STEPS = 100  # fewer are over before the model is compiled
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,17 @@ class Phases:
         if self.prefix is None or self.packer is not None:  # states are kept for rows, not packs
             return nullcontext()
         return self.prefix.over(net, self, rows, epochs, name)
+
+    def compiling(self, net: nn.Module, steps: int) -> AbstractContextManager[None]:
+        """The model is compiled inside, if that is asked for and the steps are worth it.
+
+        It is not while frozen layers are left out, which saves more.
+        """
+        backend = self.settings.compile
+        is_short = steps < COMPILED_STEPS
+        if backend is None or is_short or (self.prefix is not None and self.prefix.is_used):
+            return nullcontext()
+        return compiled(net, backend)
 
     def run(
         self,
