@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling.run
 
-Slopes are those of a straight line through the logarithms of size and seconds; `line` is one through
-sizes and seconds themselves.
+Slopes are those of a straight line through the logarithms of size and seconds; `line` is one
+through sizes and seconds themselves.
 """
 
 import argparse
