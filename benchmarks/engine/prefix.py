@@ -86,9 +86,9 @@ class _Training:
         kept = states.kept.read(numbers) if states else {}
         given = {stack: state.to(self.device) for stack, state in kept.items()}
         bf16 = torch.autocast(self.device, torch.bfloat16, enabled=self.phases.bf16)
-        with FlopCounterMode(display=False) as counter, skipping(states, given), bf16:
-            loss = self.net(**batch).loss
-        with counter:
+        with FlopCounterMode(display=False) as counter:
+            with skipping(states, given), bf16:
+                loss = self.net(**batch).loss
             loss.backward()
         model.set_attn_implementation(before)
         self.net.zero_grad()
