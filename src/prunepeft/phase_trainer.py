@@ -47,6 +47,9 @@ class PhaseTrainer(Trainer):
         self.accelerator.free_memory = lambda *objects: list(objects)
         # PhaseCallback clips; the Trainer would take the norm of all gradients once more.
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: None
+        if self.args.world_size > 1:
+            # An evaluation leaves this mark, and the next training would go without data parallel.
+            vars(self.model).pop("_is_accelerate_prepared", None)
         # Else the Trainer counts no labels, or divides the loss by the number of pieces once more.
         self.model_accepts_loss_kwargs = True
         norms = nn.modules.batchnorm._BatchNorm

@@ -97,6 +97,8 @@ def test_two_processes_take_the_steps_of_one(model, data, tmp_path):
         for name, one in expected.items():
             two = found[name]
             assert_close(two["weights"], one["weights"], rtol=0, atol=1e-6)
+            # An evaluation lies between: the processes stay together.
+            assert_close(two["later_weights"], one["later_weights"], rtol=0, atol=1e-6)
             assert_close(two["abs_grad_mean"], one["abs_grad_mean"], rtol=1e-4, atol=1e-9)
             assert_close(two["output_abs_mean"], one["output_abs_mean"], rtol=1e-4, atol=1e-9)
             assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
