@@ -16,6 +16,7 @@ from prunepeft.metrics import METRICS
 from prunepeft.plan import Plan, check_device
 from prunepeft.prefix_reuse import PrefixReuse
 from prunepeft.progress import Progress, SilentProgress
+from prunepeft.sharding import shard_base
 from prunepeft.space import Placement
 from prunepeft.state import RunFolder
 from prunepeft.supernet import detach
@@ -64,6 +65,9 @@ class Engine:
         self._check_packing()
         for name in plan.head:
             self.model.get_submodule(name).float()  # the head trains in full: small steps need fp32
+        cache = self._cache(device)
+        if plan.config.shard:
+            shard_base(self.model, list(plan.head), device)
         self.evaluator = TrainerEvaluator(
             self.model,
             self.phases,
@@ -72,7 +76,7 @@ class Engine:
             folder.state_dir,
             writes=is_main,
             on_event=self.on_event,
-            cache=self._cache(device),
+            cache=cache,
         )
 
     def encode(self, rows: Dataset) -> Dataset:
@@ -118,6 +122,7 @@ class Engine:
             bf16=self.bf16,
             progress=progress,
             packer=self._packer(),
+            sharded=self.plan.config.shard,
             prefix=PrefixReuse(
                 int(self.plan.config.train.prefix_cache_gb * 1e9), self.folder.state_dir
             ),
@@ -144,7 +149,12 @@ class Engine:
 
     def _cache(self, device: str) -> TrialCache | None:
         place = self.plan.config.cache
-        return None if place is None else TrialCache(Path(place), self.model, device)
+        if place is None:
+            return None
+        cache = TrialCache(Path(place), self.model, device)
+        if self.plan.config.shard and self.is_main:
+            cache.read_base()  # while the weights are whole
+        return cache
 
     def _target(self) -> Target:
         plan, config = self.plan, self.plan.config

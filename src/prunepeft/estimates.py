@@ -9,6 +9,7 @@ from prunepeft.config import RunConfig
 from prunepeft.data import Splits
 from prunepeft.kinds import cost, count_params
 from prunepeft.plan import Plan, check_device, problem_of
+from prunepeft.processes import n_processes
 from prunepeft.space import Placement, SearchSpace
 from prunepeft.state import disk_free
 from prunepeft.strategies import Allocator
@@ -178,7 +179,20 @@ def estimate_memory(plan: Plan, trained: int) -> int:
     per_token = (2 * wide + 8 * hidden * layers) * width
     if config.train.gradient_checkpointing:
         per_token //= max(1, layers)
-    return plan.n_base * width + trained * 16 + rows * plan.n_tokens * per_token
+    return round(_held(plan, layers) * width) + trained * 16 + rows * plan.n_tokens * per_token
+
+
+def _held(plan: Plan, layers: int) -> float:
+    """Parameters of the base model that a process holds while it trains.
+
+    Of one that is cut: its part, what is outside the layers, and a layer thrice, as it is gathered,
+    as it runs, and as the next one comes.
+    """
+    if not plan.config.shard:
+        return plan.n_base
+    inside = min(plan.n_base, sum(s.d_in * s.d_out for s in plan.sites if s.role != "norm"))
+    most = plan.n_base / n_processes() + plan.n_base - inside + 3 * inside / max(1, layers)
+    return min(most, plan.n_base + 2 * inside / max(1, layers))
 
 
 def estimate_disk(config: RunConfig, limit: int, supernet: int, head: int) -> int:

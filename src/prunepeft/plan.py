@@ -19,6 +19,7 @@ from prunepeft.data import Splits, load_data
 from prunepeft.errors import BudgetError, ConfigError
 from prunepeft.kinds import cost
 from prunepeft.metrics import METRICS, check_metric
+from prunepeft.sharding import check_shard
 from prunepeft.sites import count_base_params, find_sites
 from prunepeft.space import Placement, SearchSpace, Site
 from prunepeft.sparse_tuning import IstSettings
@@ -138,6 +139,7 @@ def make_plan(config: RunConfig) -> Plan:
     metric = config.metric or task.default_metric
     check_metric(metric, task.name, len(splits.labels or ()) or None)
     model = task.make_empty_model(config.model, splits, trust_remote_code=config.trust_remote_code)
+    check_shard(config, model.config, needs_whole_base=method.needs_whole_base)
     sites = find_sites(model)
     n_base = count_base_params(model)
     budget = Budget.parse(config.budget) if config.budget is not None else None
@@ -178,9 +180,8 @@ def read_architecture(path: str) -> Placement:
     """Placement of an `arch.json`, or of the run folder that holds one."""
     file = Path(path)
     if file.is_dir():
-        file = next(
-            (f for f in (file / "best" / "arch.json", file / "arch.json") if f.is_file()), file
-        )
+        places = (file / "best" / "arch.json", file / "arch.json")
+        file = next((f for f in places if f.is_file()), file)
     if not file.is_file():
         raise ConfigError(
             f"arch {path!r} is no arch.json and no run folder that holds one; give either."

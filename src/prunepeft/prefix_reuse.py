@@ -93,7 +93,7 @@ class PrefixReuse:
         if not prefix or not _is_one_host():
             return
         device = phases.arguments(0).device
-        if not getattr(base_of(net), "is_quantized", False):  # these cannot be moved
+        if not (getattr(base_of(net), "is_quantized", False) or phases.sharded):
             net.to(device)
         with (
             evaluating(net),

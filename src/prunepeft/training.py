@@ -32,6 +32,7 @@ from prunepeft.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from prunepeft.phase_trainer import PhaseCallback, PhaseTrainer
 from prunepeft.prefix_reuse import PrefixReuse
 from prunepeft.progress import Progress
+from prunepeft.sharding import ShardedArguments
 from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.supernet import slot_parameters
 from prunepeft.supernet.compiling import compiled
@@ -93,6 +94,7 @@ class Phases:
         progress: Where progress goes.
         prefix: Output of frozen layers that is kept; None runs all layers in every step.
         packer: Rows to a batch for training, if not the collator.
+        sharded: Whether the base model is cut over the processes.
     """
 
     train: Dataset
@@ -106,6 +108,7 @@ class Phases:
     progress: Progress
     prefix: PrefixReuse | None = None
     packer: Callable[[list[dict]], Mapping[str, torch.Tensor]] | None = None
+    sharded: bool = False
     pieces: int = 1  # micro-batches per step and process; doubles when memory runs out
     eval_pieces: int = 1  # the same for a batch of evaluation
 
@@ -256,7 +259,7 @@ class Phases:
 
     def arguments(self, seed: int) -> TrainingArguments:
         """Settings of the Trainer; they know the device."""
-        args = TrainingArguments(
+        args = (ShardedArguments if self.sharded else TrainingArguments)(
             output_dir=str(Path(tempfile.gettempdir()) / "prunepeft-trainer"),
             num_train_epochs=1,
             per_device_eval_batch_size=max(1, self.settings.eval_batch_size // self.eval_pieces),

@@ -64,13 +64,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def two_processes(*command: str, timeout: float = 120) -> subprocess.CompletedProcess:
+def two_processes(
+    *command: str, timeout: float = 120, gpus: bool = False
+) -> subprocess.CompletedProcess:
     """Run a program under torchrun; it must end within the time."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
     }
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*launcher, "--nproc_per_node", "2", *command],

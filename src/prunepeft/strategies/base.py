@@ -116,12 +116,15 @@ class Strategy(ABC):
         name: Registered name.
         section: Section of the configuration whose keys are its fields.
         cuts_base: Whether it takes heads and neurons out of the base model itself.
+        needs_whole_base: Whether it works on the base model in other ways than forward and backward
+            passes with modules on it, which are all that can be done if every process has a part.
         has_trials: Whether it trains placements that do not depend on each other.
     """
 
     name: ClassVar[str]
     section: ClassVar[str] = "search"
     cuts_base: ClassVar[bool] = False
+    needs_whole_base: ClassVar[bool] = False
     has_trials: ClassVar[bool] = False
 
     def default_share(self, problem: Problem) -> float:

@@ -25,6 +25,7 @@ class Fisher(BatchAllocator):
     """
 
     name: ClassVar[str] = "fisher"
+    needs_whole_base: ClassVar[bool] = True
 
     warm_head: bool = True
 

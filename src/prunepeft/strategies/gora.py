@@ -36,6 +36,7 @@ class GoRa(BatchAllocator):
 
     name: ClassVar[str] = "gora"
     default_max: ClassVar[float] = 4.0
+    needs_whole_base: ClassVar[bool] = True
 
     min_factor: float = 0.5
     warm_head: bool = True

@@ -9,6 +9,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from prunepeft.probes import Passes
+from prunepeft.processes import whole
 from prunepeft.space import Slot
 from prunepeft.strategies.allocation import Rows
 from prunepeft.strategies.base import Problem
@@ -71,7 +72,7 @@ class ConditionNumbers:
         }
 
     def _condition(self, passes: Passes, path: str) -> Tensor:
-        weight = dequantize_module_weight(passes.model.get_submodule(path))
+        weight = whole(dequantize_module_weight(passes.model.get_submodule(path)))
         values = torch.linalg.svdvals(weight.detach().to(passes.device, torch.float32))
         number = (values[0] / (values[-1] + EPSILON)).double().cpu()
         return number if values[0] > 0 else torch.full_like(number, torch.inf)

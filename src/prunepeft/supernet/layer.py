@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunepeft.errors import StateError
 from prunepeft.kinds.base import STAGES, Kind, seeded
+from prunepeft.processes import whole
 from prunepeft.sites import norm_width
 from prunepeft.space import Site
 from prunepeft.supernet.input_tap import InputTap, taps_on
@@ -136,7 +137,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
     # --- what kinds may ask (Host) ---------------------------------------------------------
 
     def frozen_weight(self) -> Tensor:
-        weight = self.get_base_weight()
+        weight = whole(self.get_base_weight())
         return weight.T if self.is_transposed else weight
 
     def frozen_row_norm(self) -> Tensor:
