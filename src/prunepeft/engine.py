@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from prunepeft._version import __version__
 from prunepeft.errors import ConfigError
@@ -55,16 +56,7 @@ class Engine:
         trust = plan.config.trust_remote_code
         self.processor = plan.task.load_processor(plan.config.model, trust_remote_code=trust)
         self.phases = self._phases(device, progress or SilentProgress())
-        self.model = plan.task.load_model(
-            plan.config.model,
-            plan.splits,
-            dtype="bfloat16" if self.bf16 else "float32",
-            seed=plan.config.seed,
-            trust_remote_code=trust,
-        )
-        self._check_packing()
-        for name in plan.head:
-            self.model.get_submodule(name).float()  # the head trains in full: small steps need fp32
+        self.model = self._load_model()
         cache = self._cache(device)
         if plan.config.shard:
             shard_base(self.model, list(plan.head), device)
@@ -109,6 +101,21 @@ class Engine:
         if self.is_main:
             self.folder.log_metrics(kind=kind, **fields)
 
+    def _load_model(self) -> PreTrainedModel:
+        """The base model with its task head, which trains in full: small steps need fp32."""
+        plan = self.plan
+        model = plan.task.load_model(
+            plan.config.model,
+            plan.splits,
+            dtype="bfloat16" if self.bf16 else "float32",
+            seed=plan.config.seed,
+            trust_remote_code=plan.config.trust_remote_code,
+        )
+        self._check_packing(model)
+        for name in plan.head:
+            model.get_submodule(name).float()
+        return model
+
     def _phases(self, device: str, progress: Progress) -> Phases:
         task = self.plan.task
         return Phases(
@@ -139,13 +146,13 @@ class Engine:
             )
         return packer
 
-    def _check_packing(self) -> None:
+    def _check_packing(self, model: PreTrainedModel) -> None:
         """Raise ConfigError if the model does not keep packed rows apart."""
         phases = self.phases
         if phases.packer is None:
             return
         rows = phases.train.__getitems__(list(range(min(ROWS_CHECKED, len(phases.train)))))
-        check_packing(self.model.eval(), phases.collator, phases.packer, rows)
+        check_packing(model.eval(), phases.collator, phases.packer, rows)
 
     def _cache(self, device: str) -> TrialCache | None:
         place = self.plan.config.cache
