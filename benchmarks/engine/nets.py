@@ -26,7 +26,7 @@ VOCABULARY, RANK = 1000, 8
 HEADS = ["classifier", "bert.pooler"]
 
 
-def make_model(layers: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+def make_model(layers: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
     """A classifier in the shape of MiniLM; the same weights every time."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -35,7 +35,7 @@ def make_model(layers: int, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     for name in HEADS:
         model.get_submodule(name).float()
-    return model
+    return model.to(device)
 
 
 def plain_lora(model: nn.Module) -> PeftModel:
@@ -74,7 +74,9 @@ def make_rows(n: int, tokens: int) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def make_phases(rows: Dataset, batch: int, bf16: bool, place: Path | None = None) -> Phases:
+def make_phases(
+    rows: Dataset, batch: int, bf16: bool, place: Path | None = None, device: str = "cpu"
+) -> Phases:
     """How ours trains on these rows; with a place for files, frozen layers are reused."""
     return Phases(
         train=rows,
@@ -83,7 +85,7 @@ def make_phases(rows: Dataset, batch: int, bf16: bool, place: Path | None = None
         compute=lambda predictions, labels: {},
         preprocess_logits=None,
         settings=TrainSettings(batch_size=batch),
-        device="cpu",
+        device=device,
         bf16=bf16,
         progress=SilentProgress(),
         prefix=PrefixReuse(4 * 10**9, place) if place else None,
@@ -95,11 +97,12 @@ def bare_loop(
 ) -> Callable[[], None]:
     """An epoch as one writes it by hand: loader, forward, backward, clipping, AdamW, schedule."""
     trained = [p for p in net.parameters() if p.requires_grad]
+    device = trained[0].device
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
     def autocast() -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     def epoch() -> None:
         net.train()
@@ -107,8 +110,9 @@ def bare_loop(
             rows, batch_sampler=list(batches), collate_fn=Collator(0)
         )
         for batch in loader:
+            moved = {name: tensor.to(device) for name, tensor in batch.items()}
             with autocast():
-                loss = net(**batch).loss
+                loss = net(**moved).loss
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()

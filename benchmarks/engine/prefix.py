@@ -2,7 +2,6 @@
 
 import statistics
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,22 @@ from prunepeft.supernet import detach
 from prunepeft.training import make_optimizer, make_scheduler
 
 
-def measure(case: dict[str, Any], rows: int, steps: int, pairs: int) -> dict[str, Any]:
+def measure(
+    case: dict[str, Any], rows: int, steps: int, pairs: int, device: str = "cpu"
+) -> dict[str, Any]:
     """For every layer but the first: how much faster a step is, and what operations predict."""
     bf16 = case["precision"] == "bf16"
     data = make_rows(rows * steps, case["tokens"])
     found = {}
-    for lowest in range(1, case["layers"]):
+    for lowest in case.get("lowest", range(1, case["layers"])):
         with ExitStack() as held:
             place = Path(held.enter_context(tempfile.TemporaryDirectory()))
-            whole = _Training(case["layers"], 0, bf16, data, rows, None)
-            upper = _Training(case["layers"], lowest, bf16, data, rows, place)
+            whole = _Training(case["layers"], 0, bf16, data, rows, None, device)
+            upper = _Training(case["layers"], lowest, bf16, data, rows, place, device)
             held.enter_context(upper.phases.reusing(upper.net, data, 2, "bench"))
             if upper.phases.prefix.of(data) is None:
                 raise RuntimeError("the output of the frozen layers is not kept")
-            times = paired({"whole": whole.epoch, "upper": upper.epoch}, pairs)
+            times = paired({"whole": whole.epoch, "upper": upper.epoch}, pairs, device)
             operations = {k: t.operations() for k, t in (("whole", whole), ("upper", upper))}
             detach(upper.net)
         predicted = operations["whole"] / operations["upper"]
@@ -53,11 +54,19 @@ class _Training:
     """LoRA in the layers from `lowest` on."""
 
     def __init__(
-        self, layers: int, lowest: int, bf16: bool, data: Any, rows: int, place: Path | None
+        self,
+        layers: int,
+        lowest: int,
+        bf16: bool,
+        data: Any,
+        rows: int,
+        place: Path | None,
+        device: str,
     ) -> None:
-        model = make_model(layers, torch.bfloat16 if bf16 else torch.float32)
+        self.device = device
+        model = make_model(layers, torch.bfloat16 if bf16 else torch.float32, device)
         self.net = union(model, lora_placement(model, lowest))
-        self.phases, self.data = make_phases(data, rows, bf16, place), data
+        self.phases, self.data = make_phases(data, rows, bf16, place, device), data
         settings = self.phases.settings
         self.optimizer = make_optimizer(self.net, settings, 1e-4)
         self.scheduler = make_scheduler(self.optimizer, settings, 10**6)
@@ -71,12 +80,16 @@ class _Training:
         before = model.config._attn_implementation
         model.set_attn_implementation("eager")
         numbers = list(range(min(16, len(self.data))))
-        batch = self.phases.collator(self.data.__getitems__(numbers))
+        made = self.phases.collator(self.data.__getitems__(numbers))
+        batch = {name: tensor.to(self.device) for name, tensor in made.items()}
         states = self.phases.prefix.of(self.data) if self.phases.prefix else None
-        given = states.kept.read(numbers) if states else {}
-        step: Callable[[], Any] = lambda: self.net(**batch).loss.backward()  # noqa: E731
-        with FlopCounterMode(display=False) as counter, skipping(states, given):
-            step()
+        kept = states.kept.read(numbers) if states else {}
+        given = {stack: state.to(self.device) for stack, state in kept.items()}
+        bf16 = torch.autocast(self.device, torch.bfloat16, enabled=self.phases.bf16)
+        with FlopCounterMode(display=False) as counter:
+            with skipping(states, given), bf16:
+                loss = self.net(**batch).loss
+            loss.backward()
         model.set_attn_implementation(before)
         self.net.zero_grad()
         return counter.get_total_flops()

@@ -20,18 +20,20 @@ from benchmarks.harness import Experiment, Results, run_all
 HERE = Path(__file__).parent
 SUITE = yaml.safe_load((HERE / "suite.yaml").read_text("utf-8"))
 PAIRED = {"step": step.measure, "prefix": prefix.measure}
-ROWS = ("rows", "steps", "pairs")
+SETTINGS = ("rows", "steps", "pairs")
 
 
-def make_experiments(model: str | None, data: str | None) -> list[Experiment]:
+def make_experiments(model: str | None, data: str | None, device: str) -> list[Experiment]:
     """All of the suite for which there is what they need."""
     found = []
     for what, measure in PAIRED.items():
-        settings = {k: SUITE[what][k] for k in ROWS}
-        for case in SUITE[what]["cases"]:
-            config = settings | case
+        suite = SUITE[what] if device == "cpu" else SUITE[what]["cuda"]
+        settings = {k: suite[k] for k in SETTINGS} | {"device": device}
+        for case in suite["cases"]:
             run = partial(measure, case, **settings)
-            found.append(Experiment(case_name(what, case), config, run))
+            found.append(Experiment(case_name(what, case, device), settings | case, run))
+    if device != "cpu":
+        return found
     shape = {k: SUITE["memory"][k] for k in ("rows", "tokens")}
     for case in SUITE["memory"]["cases"]:
         run = partial(memory.measure, **shape, **case)
@@ -44,9 +46,10 @@ def make_experiments(model: str | None, data: str | None) -> list[Experiment]:
     return found
 
 
-def case_name(what: str, case: dict[str, Any]) -> str:
+def case_name(what: str, case: dict[str, Any], device: str) -> str:
     """Name of a result file."""
-    return f"{what}-{case['layers']}-layers-{case['tokens']}-tokens-{case['precision']}"
+    name = f"{what}-{case['layers']}-layers-{case['tokens']}-tokens-{case['precision']}"
+    return name if device == "cpu" else f"{name}-{device}"
 
 
 def main() -> None:
@@ -55,12 +58,14 @@ def main() -> None:
     parser.add_argument("--data", help="folder with one folder per task")
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of names")
     parser.add_argument("--minutes", type=float, default=120, help="start nothing after this time")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="where files go")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    experiments = make_experiments(args.model, args.data)
+    experiments = make_experiments(args.model, args.data, args.device)
     chosen = [e for e in experiments if not args.only or e.name.startswith(tuple(args.only))]
     claims = Path("runs/bench-engine/claims")
-    done = run_all(chosen, Results(HERE / "results"), claims, args.minutes * 60)
+    done = run_all(chosen, Results(args.results), claims, args.minutes * 60)
     print("all up to date" if done else "stopped before the end; start again to go on")
 
 

@@ -25,19 +25,21 @@ from prunepeft.batches import batch_indices
 from prunepeft.training import make_optimizer, make_scheduler
 
 
-def measure(case: dict[str, Any], rows: int, steps: int, pairs: int) -> dict[str, Any]:
+def measure(
+    case: dict[str, Any], rows: int, steps: int, pairs: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Seconds a step of the three, and ratios pair by pair."""
     bf16 = case["precision"] == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     data = make_rows(rows * steps, case["tokens"])
     batches = batch_indices(data["length"], rows, 1, 0)
-    peft = plain_lora(make_model(case["layers"], dtype))
-    model = make_model(case["layers"], dtype)
+    peft = plain_lora(make_model(case["layers"], dtype, device))
+    model = make_model(case["layers"], dtype, device)
     ours = union(model, lora_placement(model))
     count = [sum(p.numel() for p in n.parameters() if p.requires_grad) for n in (peft, ours)]
     if count[0] != count[1]:
         raise RuntimeError(f"the two train {count} parameters; they must be the same")
-    phases = make_phases(data, rows, bf16)
+    phases = make_phases(data, rows, bf16, device=device)
     optimizer = make_optimizer(ours, phases.settings, 1e-4)
     scheduler = make_scheduler(optimizer, phases.settings, 10**6)
     epochs = {
@@ -45,7 +47,7 @@ def measure(case: dict[str, Any], rows: int, steps: int, pairs: int) -> dict[str
         "union": bare_loop(ours, data, batches, bf16),
         "phase": lambda: phases.run(ours, data, optimizer, scheduler, 0),
     }
-    times = paired(epochs, pairs)
+    times = paired(epochs, pairs, device)
     return {
         "trainable": count[0],
         "seconds": {k: statistics.median(t[k] for t in times) / steps for k in epochs},
@@ -56,19 +58,30 @@ def measure(case: dict[str, Any], rows: int, steps: int, pairs: int) -> dict[str
     }
 
 
-def paired(what: dict[str, Callable[[], Any]], pairs: int) -> list[dict[str, float]]:
-    """Processor seconds of each, so many times, in random order after one for practice."""
+def paired(what: dict[str, Callable[[], Any]], pairs: int, device: str) -> list[dict[str, float]]:
+    """Seconds of each, so many times, in random order after one for practice."""
     for call in what.values():
         call()
     found = []
     for _ in range(pairs):
         times = {}
         for name in random.sample(list(what), len(what)):
-            began = time.process_time()
-            what[name]()
-            times[name] = time.process_time() - began
+            times[name] = timed(what[name], device)
         found.append(times)
     return found
+
+
+def timed(call: Callable[[], Any], device: str) -> float:
+    """Processor seconds of this process, on a GPU wall seconds until it has finished."""
+    if device == "cpu":
+        began = time.process_time()
+        call()
+        return time.process_time() - began
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def summary(ratios: list[float]) -> dict[str, Any]:

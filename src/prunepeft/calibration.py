@@ -54,7 +54,7 @@ class BasePasses:
         """What the probe found, and what it cost."""
         began = time.perf_counter()
         with restored(self.model, self.head):
-            if not getattr(self.model, "is_quantized", False):  # these cannot be moved
+            if not (getattr(self.model, "is_quantized", False) or self.phases.sharded):
                 self.model.to(self.device)
             reset_peak_memory()
             found = probe.measure(self)

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from prunepeft._version import __version__
 from prunepeft.errors import ConfigError
@@ -16,9 +17,11 @@ from prunepeft.metrics import METRICS
 from prunepeft.plan import Plan, check_device
 from prunepeft.prefix_reuse import PrefixReuse
 from prunepeft.progress import Progress, SilentProgress
+from prunepeft.sharding import shard_base
 from prunepeft.space import Placement
 from prunepeft.state import RunFolder
 from prunepeft.supernet import detach
+from prunepeft.supernet.compiling import check_backend
 from prunepeft.tasks.packing import ROWS_CHECKED, check_packing
 from prunepeft.trainer_evaluator import TrainerEvaluator
 from prunepeft.training import Phases
@@ -47,22 +50,16 @@ class Engine:
         self.folder = folder
         self.is_main = is_main
         device = check_device(plan.config.device)
+        if plan.config.train.compile is not None:
+            check_backend(plan.config.train.compile)
         self.bf16 = plan.uses_bf16(device)
         trust = plan.config.trust_remote_code
         self.processor = plan.task.load_processor(plan.config.model, trust_remote_code=trust)
         self.phases = self._phases(device, progress or SilentProgress())
-        self.model = plan.task.load_model(
-            plan.config.model,
-            plan.splits,
-            dtype="bfloat16" if self.bf16 else "float32",
-            seed=plan.config.seed,
-            storage=plan.storage,
-            device=device,
-            trust_remote_code=trust,
-        )
-        self._check_packing()
-        for name in plan.head:
-            self.model.get_submodule(name).float()  # the head trains in full: small steps need fp32
+        self.model = self._load_model()
+        cache = self._cache(device)
+        if plan.config.shard:
+            shard_base(self.model, list(plan.head), device)
         self.evaluator = TrainerEvaluator(
             self.model,
             self.phases,
@@ -71,7 +68,7 @@ class Engine:
             folder.state_dir,
             writes=is_main,
             on_event=self.on_event,
-            cache=self._cache(device),
+            cache=cache,
         )
 
     def encode(self, rows: Dataset) -> Dataset:
@@ -104,6 +101,23 @@ class Engine:
         if self.is_main:
             self.folder.log_metrics(kind=kind, **fields)
 
+    def _load_model(self) -> PreTrainedModel:
+        """The base model with its task head, which trains in full: small steps need fp32."""
+        plan = self.plan
+        model = plan.task.load_model(
+            plan.config.model,
+            plan.splits,
+            dtype="bfloat16" if self.bf16 else "float32",
+            seed=plan.config.seed,
+            storage=plan.storage,
+            device=check_device(plan.config.device),
+            trust_remote_code=plan.config.trust_remote_code,
+        )
+        self._check_packing(model)
+        for name in plan.head:
+            model.get_submodule(name).float()
+        return model
+
     def _phases(self, device: str, progress: Progress) -> Phases:
         task = self.plan.task
         return Phases(
@@ -117,6 +131,7 @@ class Engine:
             bf16=self.bf16,
             progress=progress,
             packer=self._packer(),
+            sharded=self.plan.config.shard,
             prefix=PrefixReuse(
                 int(self.plan.config.train.prefix_cache_gb * 1e9), self.folder.state_dir
             ),
@@ -133,17 +148,22 @@ class Engine:
             )
         return packer
 
-    def _check_packing(self) -> None:
+    def _check_packing(self, model: PreTrainedModel) -> None:
         """Raise ConfigError if the model does not keep packed rows apart."""
         phases = self.phases
         if phases.packer is None:
             return
         rows = phases.train.__getitems__(list(range(min(ROWS_CHECKED, len(phases.train)))))
-        check_packing(self.model.eval(), phases.collator, phases.packer, rows)
+        check_packing(model.eval(), phases.collator, phases.packer, rows)
 
     def _cache(self, device: str) -> TrialCache | None:
         place = self.plan.config.cache
-        return None if place is None else TrialCache(Path(place), self.model, device)
+        if place is None:
+            return None
+        cache = TrialCache(Path(place), self.model, device)
+        if self.plan.config.shard and self.is_main:
+            cache.read_base()  # while the weights are whole
+        return cache
 
     def _target(self) -> Target:
         plan, config = self.plan, self.plan.config

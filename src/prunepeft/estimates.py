@@ -9,6 +9,7 @@ from prunepeft.config import RunConfig
 from prunepeft.data import Splits
 from prunepeft.kinds import cost, count_params
 from prunepeft.plan import Plan, check_device, problem_of
+from prunepeft.processes import n_processes
 from prunepeft.quantized import BYTES
 from prunepeft.space import Placement, SearchSpace
 from prunepeft.state import disk_free
@@ -184,18 +185,27 @@ def estimate_memory(plan: Plan, trained: int) -> int:
     per_token = (2 * wide + 8 * hidden * layers) * width
     if config.train.gradient_checkpointing:
         per_token //= max(1, layers)
-    return _held_bytes(plan, width) + trained * 16 + rows * plan.n_tokens * per_token
+    held = _held_bytes(plan, layers, width)
+    return held + trained * 16 + rows * plan.n_tokens * per_token
 
 
-def _held_bytes(plan: Plan, width: int) -> int:
-    """Bytes of the frozen model; of a quantised one with its largest layer in plain numbers."""
+def _held_bytes(plan: Plan, layers: int, width: int) -> int:
+    """Bytes of the base model that a process holds while it trains.
+
+    Of one that is cut: its part, what is outside the layers, and a layer thrice, as it is gathered,
+    as it runs, and as the next one comes. Of a quantised one: the largest layer in plain numbers,
+    too.
+    """
+    sizes = {s.path: s.d_in * s.d_out for s in plan.sites if s.role != "norm"}
+    inside = min(plan.n_base, sum(sizes.values()))
+    if plan.config.shard:
+        most = plan.n_base / n_processes() + plan.n_base - inside + 3 * inside / max(1, layers)
+        return round(min(most, plan.n_base + 2 * inside / max(1, layers)) * width)
     bits = plan.storage and plan.storage.bits
     if bits not in BYTES:
         return plan.n_base * width
-    sizes = {s.path: s.d_in * s.d_out for s in plan.sites if s.role != "norm"}
-    coded = sum(sizes.values())
-    plain = plan.n_base - coded + max(sizes.values(), default=0)
-    return math.ceil(coded * BYTES[bits]) + plain * width
+    plain = plan.n_base - inside + max(sizes.values(), default=0)
+    return math.ceil(inside * BYTES[bits]) + plain * width
 
 
 def estimate_disk(config: RunConfig, limit: int, supernet: int, head: int) -> int:

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from prunepeft.criteria.record import Recorder
 from prunepeft.progress import Progress
 from prunepeft.row_states import NumberedRows, RowStates, skipping, split_states
+from prunepeft.sharding import ShardedArguments, average_gradients, leave_as_is
 from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.tasks.base import IGNORED
 
@@ -43,10 +44,15 @@ class PhaseTrainer(Trainer):
             self.data_collator = states.collator(self.data_collator)
             if self.eval_dataset is not None:
                 self.eval_dataset = NumberedRows(self.eval_dataset)
+        if isinstance(self.args, ShardedArguments):
+            leave_as_is(self.accelerator)
         # A new accelerator holds nothing; to look for garbage takes longer than a short phase.
         self.accelerator.free_memory = lambda *objects: list(objects)
         # PhaseCallback clips; the Trainer would take the norm of all gradients once more.
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: None
+        if self.args.world_size > 1:
+            # An evaluation leaves this mark, and the next training would go without data parallel.
+            vars(self.model).pop("_is_accelerate_prepared", None)
         # Else the Trainer counts no labels, or divides the loss by the number of pieces once more.
         self.model_accepts_loss_kwargs = True
         norms = nn.modules.batchnorm._BatchNorm
@@ -139,10 +145,12 @@ class PhaseCallback(TrainerCallback):
             self.recorder.begin_step(optimizer)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if isinstance(args, ShardedArguments):
+            average_gradients(trained)
         if self.recorder is not None:
             self.is_enough = bool(self.recorder.step())
         if self.max_grad_norm > 0:
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -20,6 +20,7 @@ from prunepeft.errors import BudgetError, ConfigError
 from prunepeft.kinds import cost
 from prunepeft.metrics import METRICS, check_metric
 from prunepeft.quantized import Storage
+from prunepeft.sharding import check_shard
 from prunepeft.sites import count_base_params, find_sites
 from prunepeft.space import Placement, SearchSpace, Site
 from prunepeft.sparse_tuning import IstSettings
@@ -137,9 +138,9 @@ def make_plan(config: RunConfig) -> Plan:
         offline=config.offline,
     )
     task = TASKS.get(config.task or splits.task)
-    metric = config.metric or task.default_metric
-    check_metric(metric, task.name, len(splits.labels or ()) or None)
+    metric = _metric(config, task, splits)
     model = task.make_empty_model(config.model, splits, trust_remote_code=config.trust_remote_code)
+    check_shard(config, model.config, needs_whole_base=method.needs_whole_base)
     sites = find_sites(model)
     n_base = count_base_params(model)
     budget = Budget.parse(config.budget) if config.budget is not None else None
@@ -164,6 +165,12 @@ def make_plan(config: RunConfig) -> Plan:
     )
     _check_budget(plan, model)
     return plan
+
+
+def _metric(config: RunConfig, task: Task, splits: Splits) -> str:
+    metric = config.metric or task.default_metric
+    check_metric(metric, task.name, len(splits.labels or ()) or None)
+    return metric
 
 
 def _check_place(config: RunConfig, method: type[Strategy]) -> None:

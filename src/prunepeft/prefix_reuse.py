@@ -50,6 +50,11 @@ class PrefixReuse:
         """States of these rows, while a training uses them."""
         return self._now.get(id(rows))
 
+    @property
+    def is_used(self) -> bool:
+        """Whether a training uses states now."""
+        return bool(self._now)
+
     def take_seconds(self) -> float:
         """Time that was spent on states since the last call."""
         spent, self._seconds = self._seconds, 0.0
@@ -88,7 +93,7 @@ class PrefixReuse:
         if not prefix or not _is_one_host():
             return
         device = phases.arguments(0).device
-        if not getattr(base_of(net), "is_quantized", False):  # these cannot be moved
+        if not (getattr(base_of(net), "is_quantized", False) or phases.sharded):
             net.to(device)
         with (
             evaluating(net),

@@ -4,13 +4,22 @@ All processes walk through the same calls; the main one alone reads and writes t
 depends on the folder or the clock is therefore shared before anything is decided by it.
 """
 
+import atexit
 import os
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
+LAST_WAIT = 0.2  # seconds
+
+
+def n_processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: str) -> bool:
@@ -19,10 +28,14 @@ def join(device: str) -> bool:
     Args:
         device: `cpu` or `cuda`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if n_processes() == 1:
         return True
     from accelerate import PartialState
 
+    # Threads of gloo hold the tensors of its last call for a moment, and abort the process if the
+    # interpreter is gone by then.
+    atexit.unregister(_wait)
+    atexit.register(_wait)
     return PartialState(cpu=device == "cpu").is_main_process
 
 
@@ -53,6 +66,29 @@ def on_main(call: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether each process holds a part of it; it is a DTensor, whose module has moved about."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that is cut over the processes, all of which must ask; others as is.
+
+    Args:
+        tensor: Any shape.
+    """
+    return tensor.full_tensor() if is_cut(tensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, (part of the rows, ...)."""
+    return tensor.to_local() if is_cut(tensor) else tensor
+
+
+def _wait() -> None:
+    time.sleep(LAST_WAIT)
 
 
 def _are_several() -> bool:

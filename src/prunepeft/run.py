@@ -14,7 +14,6 @@ from prunepeft.data import load_rows
 from prunepeft.engine import Engine
 from prunepeft.errors import CheckpointError, ConfigError
 from prunepeft.estimates import describe
-from prunepeft.evaluate import Outcome
 from prunepeft.kinds import count_params
 from prunepeft.places import base_output_of, check_job, check_sources, output_of
 from prunepeft.plan import Plan, check_device, make_plan, problem_of
@@ -38,7 +37,7 @@ from prunepeft.strategies import SearchResult
 logger = logging.getLogger(__name__)
 
 BACKEND_KEYS = ("backend", "workers", "ray_address", "cache")  # none changes a result
-IGNORED_ON_RESUME = ("output", "offline", "device", *BACKEND_KEYS)
+IGNORED_ON_RESUME = ("output", "offline", "device", "shard", *BACKEND_KEYS)
 SAME_METRIC = 1e-6
 
 
@@ -139,7 +138,7 @@ def plan_as_trained(folder: RunFolder) -> Plan:
     config = RunConfig.model_validate(folder.read_config())
     change: dict[str, Any] = {"budget": None, "arch": None, "baseline": "none", "strategy": None}
     change |= {"method": "prunepeft", "base_ratio": 0.0} | dict.fromkeys(BACKEND_KEYS)
-    change["backend"] = "serial"
+    change |= {"backend": "serial", "shard": False}
     if folder.base_dir.is_dir():
         change["model"] = str(folder.base_dir)
     return make_plan(config.model_copy(update=change))
@@ -194,7 +193,8 @@ def _search(plan: Plan, folder: RunFolder, engine: Engine, command: str) -> dict
         found.placement, name="train", seed=seed, start=found.start, ist=plan.ist
     )
     baselines = _baselines(plan, engine, found.placement)
-    on_main(lambda: _save_best(folder, engine, found, outcome))
+    with engine.trained(found.placement, outcome) as net:  # all have to, if each has a part
+        on_main(lambda: _save_best(folder, net, found))
     reloaded = engine.measure(folder.adapter_dir)[plan.metric]
     _check_reloaded(plan, folder, outcome.metrics[plan.metric], reloaded)
     result = build_result(plan, found, outcome, baselines, reloaded, command)
@@ -271,14 +271,13 @@ def _baselines(plan: Plan, engine: Engine, kept: Placement) -> list[dict[str, An
     return [entry | training_record(plan, outcome)]
 
 
-def _save_best(folder: RunFolder, engine: Engine, found: SearchResult, outcome: Outcome) -> None:
+def _save_best(folder: RunFolder, net: Any, found: SearchResult) -> None:
     """Write `best/`: the placement, the strategy and the adapter."""
     folder.best_dir.mkdir(exist_ok=True)
     write_json(folder.arch_file, found.placement.to_dict())
     kept = ("strategy", "mode")
     write_json(folder.strategy_file, {k: found.history[k] for k in kept if k in found.history})
-    with engine.trained(found.placement, outcome) as net:
-        write_folder(folder.adapter_dir, lambda place: net.save_pretrained(str(place)))
+    write_folder(folder.adapter_dir, lambda place: net.save_pretrained(str(place)))
 
 
 def _check_reloaded(plan: Plan, folder: RunFolder, trained: float, reloaded: float) -> None:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunepeft.processes import on_main, share
+from prunepeft.processes import on_main, own_part, share
 from prunepeft.row_states import KeptStates, tokens_of
 from prunepeft.state import canonical_json, map_tensor, mapped_file
 from prunepeft.supernet.base_digest import tensors_digest
@@ -107,7 +107,9 @@ class StateMaker:
         kept = KeptStates(stacks, [0, *accumulate(sizes)])
         order = sorted(range(len(rows)), key=lambda i: (-sizes[i], i))
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        for group in groups[_rank() :: _world()]:
+        for number in range(_rank(), -(-len(groups) // _world()) * _world(), _world()):
+            # As many passes on every process: a base model that is cut over them needs all.
+            group = groups[min(number, len(groups) - 1)]
             states = self.player.take(self._batch(rows, group))
             for place, row in enumerate(group):
                 kept.write(row, states, place)
@@ -177,11 +179,11 @@ def rows_digest(rows: Dataset) -> str:
 
 
 def _digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor, computed again only when it was changed."""
-    state = (tensor.data_ptr(), tensor._version)
+    """SHA-256 of what is here of a tensor, computed again only when it was changed."""
+    state = (own_part(tensor).data_ptr(), tensor._version)
     found = _digests.get(tensor)
     if found is None or found[0] != state:
-        found = (state, tensors_digest({"": tensor}))
+        found = (state, tensors_digest({"": own_part(tensor)}))
         _digests[tensor] = found
     return found[1]
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
-from prunepeft.batches import derive_seed
+from prunepeft.batches import derive_seed, n_steps
 from prunepeft.brief_training import cost_of, measure_briefly, rows_at, train_briefly
 from prunepeft.budget import Fidelity
 from prunepeft.calibration import BasePasses
@@ -290,9 +290,11 @@ class TrainerEvaluator:
     def _training(
         self, placement: Placement, seed: int, rows: Dataset, epochs: int, name: str
     ) -> Iterator[PeftModel]:
-        """The same for a training in which frozen layers need not run, where that pays."""
+        """The same for a training: frozen layers need not run, or the model is compiled."""
+        steps = n_steps(len(rows), self.phases.settings.batch_size) * epochs
         with self._attached(placement, seed) as net, self.phases.reusing(net, rows, epochs, name):
-            yield net
+            with self.phases.compiling(net, steps):
+                yield net
 
     def _state_file(self, key: str) -> Path:
         return self.state_dir / f"train-{key}.safetensors"

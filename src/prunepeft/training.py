@@ -32,12 +32,15 @@ from prunepeft.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from prunepeft.phase_trainer import PhaseCallback, PhaseTrainer
 from prunepeft.prefix_reuse import PrefixReuse
 from prunepeft.progress import Progress
+from prunepeft.sharding import ShardedArguments
 from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.supernet import slot_parameters
+from prunepeft.supernet.compiling import compiled
 
 logger = logging.getLogger(__name__)
 
 MAX_HALVINGS = 4
+COMPILED_STEPS = 100  # fewer are over before the model is compiled
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Phases:
         progress: Where progress goes.
         prefix: Output of frozen layers that is kept; None runs all layers in every step.
         packer: Rows to a batch for training, if not the collator.
+        sharded: Whether the base model is cut over the processes.
     """
 
     train: Dataset
@@ -104,6 +108,7 @@ class Phases:
     progress: Progress
     prefix: PrefixReuse | None = None
     packer: Callable[[list[dict]], Mapping[str, torch.Tensor]] | None = None
+    sharded: bool = False
     pieces: int = 1  # micro-batches per step and process; doubles when memory runs out
     eval_pieces: int = 1  # the same for a batch of evaluation
 
@@ -120,6 +125,17 @@ class Phases:
         if self.prefix is None or self.packer is not None:  # states are kept for rows, not packs
             return nullcontext()
         return self.prefix.over(net, self, rows, epochs, name)
+
+    def compiling(self, net: nn.Module, steps: int) -> AbstractContextManager[None]:
+        """The model is compiled inside, if that is asked for and the steps are worth it.
+
+        It is not while frozen layers are left out, which saves more.
+        """
+        backend = self.settings.compile
+        is_short = steps < COMPILED_STEPS
+        if backend is None or is_short or (self.prefix is not None and self.prefix.is_used):
+            return nullcontext()
+        return compiled(net, backend)
 
     def run(
         self,
@@ -243,7 +259,7 @@ class Phases:
 
     def arguments(self, seed: int) -> TrainingArguments:
         """Settings of the Trainer; they know the device."""
-        args = TrainingArguments(
+        args = (ShardedArguments if self.sharded else TrainingArguments)(
             output_dir=str(Path(tempfile.gettempdir()) / "prunepeft-trainer"),
             num_train_epochs=1,
             per_device_eval_batch_size=max(1, self.settings.eval_batch_size // self.eval_pieces),

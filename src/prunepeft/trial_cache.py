@@ -52,6 +52,12 @@ class TrialCache:
         Journal(self.folder).put(call_key(call), call, result)
 
     def _call(self, key: str) -> dict[str, Any]:
+        self.read_base()
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        return {"trial": key, **self._base, "device": self.device, **versions}
+
+    def read_base(self) -> None:
+        """Find out what the base model holds, if that is not known yet."""
         if not self._base:
             config = getattr(self.model, "config", None)
             settings = {} if config is None else config.to_dict()
@@ -61,5 +67,3 @@ class TrialCache:
                 "weights": tensors_digest(self.model.state_dict()),
                 "config": hashlib.sha256(text.encode()).hexdigest(),
             }
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        return {"trial": key, **self._base, "device": self.device, **versions}

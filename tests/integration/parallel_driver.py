@@ -40,7 +40,7 @@ def one_epoch(model: str, data: str, out: Path, settings: dict[str, Any]) -> dic
     with Recorder.for_net(net) as recorder:
         log = engine.phases.run(net, engine.phases.train, optimizer, scheduler, 5, recorder)
         record = recorder.read()
-    return {
+    found = {
         "weights": trainable_state(net),
         "abs_grad_mean": record.abs_grad_mean,
         "output_abs_mean": record.output_abs_mean,
@@ -48,6 +48,8 @@ def one_epoch(model: str, data: str, out: Path, settings: dict[str, Any]) -> dic
         "steps": log.steps,
         "metrics": engine.phases.evaluate(net),
     }
+    engine.phases.run(net, engine.phases.train, optimizer, scheduler, 6)
+    return found | {"later_weights": trainable_state(net)}
 
 
 def results(model: str, data: str, out: Path) -> dict[str, Any]:

@@ -64,13 +64,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def two_processes(*command: str, timeout: float = 120) -> subprocess.CompletedProcess:
+def two_processes(
+    *command: str, timeout: float = 120, gpus: bool = False
+) -> subprocess.CompletedProcess:
     """Run a program under torchrun; it must end within the time."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
     }
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*launcher, "--nproc_per_node", "2", *command],
@@ -97,6 +100,8 @@ def test_two_processes_take_the_steps_of_one(model, data, tmp_path):
         for name, one in expected.items():
             two = found[name]
             assert_close(two["weights"], one["weights"], rtol=0, atol=1e-6)
+            # An evaluation lies between: the processes stay together.
+            assert_close(two["later_weights"], one["later_weights"], rtol=0, atol=1e-6)
             assert_close(two["abs_grad_mean"], one["abs_grad_mean"], rtol=1e-4, atol=1e-9)
             assert_close(two["output_abs_mean"], one["output_abs_mean"], rtol=1e-4, atol=1e-9)
             assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)

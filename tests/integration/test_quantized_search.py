@@ -130,6 +130,13 @@ def quantised_config(world, model):
 
 
 @pytest.mark.usefixtures("installed")
+def test_codes_are_not_cut_over_processes(world, monkeypatch):
+    monkeypatch.setattr("prunepeft.sharding.n_processes", lambda: 2)
+    with pytest.raises(ConfigError, match="quantised; give the model it was made of without"):
+        plan(world, "bert", quantize="4bit", shard=True)
+
+
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
     ("more", "message"),
     [

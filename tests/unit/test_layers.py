@@ -18,7 +18,7 @@ LAYERS = (
     ("paired_tests", "comparison"),
     ("kinds", "sites", "families", "quantized"),
     ("candidates",),
-    ("supernet", "sparse_tuning", "criteria"),
+    ("supernet", "sparse_tuning", "criteria", "sharding"),
     ("structured", "supernet.export", "compression"),
     ("tasks", "data", "probes", "evaluate"),
     (

@@ -247,7 +247,7 @@ def test_norms_do_not_change_the_estimate_of_memory() -> None:
     train = SimpleNamespace(
         max_length=16, batch_size=4, gradient_accumulation=1, gradient_checkpointing=False
     )
-    config = SimpleNamespace(device="cpu", train=train)
+    config = SimpleNamespace(device="cpu", shard=False, train=train)
     known = {"config": config, "storage": None, "uses_bf16": lambda device: False}
     sites = find_sites(TINY["bert"]())
     linear = [s for s in sites if s.role != "norm"]

@@ -61,6 +61,9 @@ class RunConfig(Section):
     quantize: Literal["none", "8bit", "4bit"] = about(
         "none", "hold the frozen base model in 8 or 4 bits, by bitsandbytes"
     )
+    shard: bool = about(
+        False, "cut the frozen model over the processes of torchrun, if it is too large for one"
+    )
     baseline: Literal["none", "lora", "lora-all"] = about(
         "none", "also train plain LoRA at equal budget: on query and value, or on all linears"
     )
@@ -99,6 +102,12 @@ class RunConfig(Section):
             )
         self._check_sections()
         self._check_backend()
+        if self.shard and self.base_ratio:
+            raise ConfigError(
+                f"base_ratio={self.base_ratio:g} takes heads and neurons out of whole weights, and "
+                "with shard=true every process has a part of them; run prune-base first, without "
+                "shard, and search on its folder base/, or leave shard out"
+            )
         if self.base_ratio and self.arch is not None:
             raise ConfigError(
                 "arch.json fits the base model it was made on, so base_ratio cannot cut that "

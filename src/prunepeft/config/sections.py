@@ -16,6 +16,7 @@ from prunepeft.config.fields import (
     Rates,
     Scope,
     Share,
+    Text,
 )
 from prunepeft.config.names import PAPER_CRITERION_NAMES
 
@@ -49,6 +50,9 @@ class TrainSettings(Section):
     max_grad_norm: Positive = about(1.0, "gradients are scaled down to this norm")
     gradient_checkpointing: bool = about(False, "recompute activations to save memory")
     eval_batch_size: Count = about(64, "rows per batch in evaluation")
+    compile: Text | None = about(
+        None, "backend of torch.compile for rounds and trainings of 100 steps or more; null: off"
+    )
     packing: bool = about(False, "causal-lm: put rows of a step behind each other, not padded")
     prefix_cache_gb: NotNegative = about(
         4.0, "disk for the output of layers below all modules, which then run once per row; 0: off"

@@ -1,15 +1,16 @@
 """Statistics of a training pass as running sums on the device; nothing of a step is kept."""
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunepeft.criteria.base import NEEDS, RECORDED, Record, unit_means
+from prunepeft.criteria.sums import GradientSums, OutputSums, by_device, n_processes, summed
 from prunepeft.errors import ConfigError, StateError
 
 
@@ -87,9 +88,10 @@ class Recorder:
         self.needs = frozenset(needs)
         self.output_every = output_every
         self.trials = trials if "suppression" in needs else None
-        self._recording = False
+        self._recording = self._watching = False
+        self._stance = contextlib.ExitStack()
         self._init_rms = torch.empty(0)
-        self._sums: list[_GradientSums] = []
+        self._sums: list[GradientSums] = []
         self.reset()
 
     @classmethod
@@ -118,8 +120,7 @@ class Recorder:
             self._init_rms = unit_means(
                 (w.square() for w in unit) for unit in self._weights()
             ).sqrt()
-        for layer in watched:
-            layer.observer = partial(self._observe, layer)
+        self._watch()
         if self.trials is not None:
             self.trials.start()
         return self
@@ -133,17 +134,16 @@ class Recorder:
         self._recording = False
         if self.trials is not None:
             self.trials.stop()
-        if "outputs" in self.needs:
-            for layer in self.layers:
-                layer.observer = None
+        self._watch()
 
     def reset(self) -> None:
         """Forget the steps so far, as before a pass that is repeated; `init_rms` stays."""
         self.steps = 0
         self._sums = []
-        self._outputs = _OutputSums(self.units)
+        self._outputs = OutputSums(self.units)
         if self.trials is not None:
             self.trials.reset()
+        self._watch()
 
     def step(self) -> None:
         """Take the gradients of one optimiser step into the sums.
@@ -159,12 +159,13 @@ class Recorder:
             )
         if "gradients" in self.needs:
             # Not before the first step: a trainer may move the model when training begins.
-            self._sums = self._sums or [_GradientSums(group) for group in _by_device(self.units)]
+            self._sums = self._sums or [GradientSums(group) for group in by_device(self.units)]
         for sums in self._sums:
             sums.add()
         if self.trials is not None:
             self.trials.step()
         self.steps += 1
+        self._watch()
 
     def read(self) -> Record:
         """Return the record so far, with the weights of this moment, on the CPU.
@@ -189,12 +190,27 @@ class Recorder:
             collected |= {"weights": weights, "init_rms": self._init_rms}
         return Record(units=tuple(self.units), steps=self.steps, **collected)
 
+    def _watch(self) -> None:
+        """Look at the outputs of the next step or do not, see `output_every`.
+
+        Steps that are looked at run uncompiled: what is added up here is no part of a graph.
+        """
+        # The first step tells little (LoRA starts at zero), but it may be the only one.
+        due = self.steps == 0 or self.steps % self.output_every == 1 % self.output_every
+        due = due and self._recording and "outputs" in self.needs
+        if due == self._watching:
+            return
+        for layer in self.layers:
+            layer.observer = partial(self._observe, layer) if due else None
+        self._watching = due
+        self._stance.close()
+        if due and hasattr(torch.compiler, "set_stance"):
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+
     def _observe(self, layer: Observable, module: Module, delta: Tensor, base: Tensor) -> None:
         # A graph task runs while gradient checkpointing repeats a forward pass that was counted.
         repeated = torch._C._current_graph_task_id() != -1
-        # The first step tells little (LoRA starts at zero), but it may be the only one.
-        due = self.steps == 0 or self.steps % self.output_every == 1 % self.output_every
-        if layer.training and not repeated and due:
+        if layer.training and not repeated:
             self._outputs.add(module.slot_id, delta)
 
     def _weights(self) -> Iterator[Iterator[Tensor]]:
@@ -205,90 +221,16 @@ class Recorder:
         """Signed sums as in the units, and means of |g| and |w * g|, (2, N)."""
         signed: dict[int, Tensor] = {}
         absolute: dict[int, Tensor] = {}
-        share = 1 / _n_processes()
+        share = 1 / n_processes()
         for sums in self._sums:
-            columns = _summed(sums.absolute).cpu().double().unbind(1)
+            columns = summed(sums.absolute).cpu().double().unbind(1)
             for parameter, tensor, column in zip(
                 sums.parameters, sums.signed, columns, strict=True
             ):
-                signed[id(parameter)] = _summed(tensor).to("cpu", copy=True).mul_(share)
+                signed[id(parameter)] = summed(tensor).to("cpu", copy=True).mul_(share)
                 absolute[id(parameter)] = column * share
         means = torch.zeros(2, len(self.units), dtype=torch.float64)
         for i, unit in enumerate(self.units.values()):
             n_terms = max(1, sum(p.numel() for p in unit)) * self.steps
             means[:, i] = sum(absolute[id(p)] for p in unit) / n_terms
         return tuple(tuple(signed[id(p)] for p in unit) for unit in self.units.values()), means
-
-
-class _GradientSums:
-    """Running sums over the steps of parameters that share a device.
-
-    `signed` holds the sum of g per parameter in its shape; `absolute` the sums over steps and
-    elements of |g| and |w * g|, (2, number of parameters), float32.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = tuple(parameters)
-        self.signed = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
-        self.absolute = torch.zeros(2, len(self.parameters), device=self.parameters[0].device)
-
-    @torch.no_grad()
-    def add(self) -> None:
-        live = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        if not live:
-            return
-        grads = [self.parameters[i].grad.float() for i in live]  # pyright: ignore
-        weights = [self.parameters[i].float() for i in live]
-        torch._foreach_add_([self.signed[i] for i in live], grads)
-        for row, tensors in enumerate((grads, torch._foreach_mul(grads, weights))):
-            sums = [self.absolute.new_zeros(())] * len(self.parameters)
-            for i, tensor in zip(live, torch._foreach_abs(tensors), strict=True):
-                sums[i] = tensor.sum()
-            self.absolute[row] += torch.stack(sums)
-
-
-class _OutputSums:
-    """Running sum of |output| in float32 and number of elements per unit."""
-
-    def __init__(self, units: Collection[str]) -> None:
-        self.index = {unit: i for i, unit in enumerate(units)}
-        self.sums = torch.zeros(len(units))
-        self.counts = [0] * len(units)
-
-    def add(self, unit: str, delta: Tensor) -> None:
-        if (i := self.index.get(unit)) is None:
-            return
-        if not any(self.counts):
-            self.sums = self.sums.to(delta.device)
-        self.sums[i] += delta.detach().abs().sum(dtype=torch.float32).to(self.sums.device)
-        self.counts[i] += delta.numel()
-
-    def read(self) -> Tensor:
-        """Mean of |output| per unit, (N,); 0 for a unit that never ran."""
-        counts = _summed(torch.tensor(self.counts, device=self.sums.device)).cpu()
-        if self.counts and not counts.any():
-            raise StateError(
-                "no output was seen in any optimiser step; put the model in training mode and "
-                "enter the recorder before the first forward pass."
-            )
-        return _summed(self.sums).cpu().double() / counts.clamp(min=1)
-
-
-def _by_device(units: Mapping[str, Sequence[nn.Parameter]]) -> list[list[nn.Parameter]]:
-    groups: dict[torch.device, list[nn.Parameter]] = {}
-    for parameter in dict.fromkeys(p for unit in units.values() for p in unit):
-        groups.setdefault(parameter.device, []).append(parameter)
-    return list(groups.values())
-
-
-def _n_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    """Sum over all processes, as a new tensor where there are several."""
-    if _n_processes() == 1:
-        return tensor
-    total = tensor.clone()
-    dist.all_reduce(total)
-    return total

@@ -40,6 +40,9 @@ class AdaLora(Allocator):
 
     name: ClassVar[str] = "adalora"
     default_max: ClassVar[float] = 1.5
+    needs_whole_base: ClassVar[bool] = (
+        True  # peft's tuner runs the model's forward without its hooks
+    )
 
     def check(self, problem: Problem) -> None:
         """See `Strategy.check`: also enough steps to tell ranks apart."""

@@ -116,6 +116,8 @@ class Strategy(ABC):
         name: Registered name.
         section: Section of the configuration whose keys are its fields.
         cuts_base: Whether it takes heads and neurons out of the base model itself.
+        needs_whole_base: Whether it works on the base model in other ways than forward and backward
+            passes with modules on it, which are all that can be done if every process has a part.
         has_trials: Whether it trains placements that do not depend on each other.
         reads_gradients: Whether it needs gradients of frozen weights, which quantised ones lack.
     """
@@ -123,6 +125,7 @@ class Strategy(ABC):
     name: ClassVar[str]
     section: ClassVar[str] = "search"
     cuts_base: ClassVar[bool] = False
+    needs_whole_base: ClassVar[bool] = False
     has_trials: ClassVar[bool] = False
     reads_gradients: ClassVar[bool] = False
 

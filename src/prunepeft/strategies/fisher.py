@@ -26,6 +26,7 @@ class Fisher(BatchAllocator):
 
     name: ClassVar[str] = "fisher"
     reads_gradients: ClassVar[bool] = True
+    needs_whole_base: ClassVar[bool] = True
 
     warm_head: bool = True
 

@@ -37,6 +37,7 @@ class GoRa(BatchAllocator):
     name: ClassVar[str] = "gora"
     default_max: ClassVar[float] = 4.0
     reads_gradients: ClassVar[bool] = True
+    needs_whole_base: ClassVar[bool] = True
 
     min_factor: float = 0.5
     warm_head: bool = True

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunepeft.probes import Passes
+from prunepeft.processes import whole
 from prunepeft.quantized import dense_weight
 from prunepeft.space import Slot
 from prunepeft.strategies.allocation import Rows
@@ -71,7 +72,7 @@ class ConditionNumbers:
         }
 
     def _condition(self, passes: Passes, path: str) -> Tensor:
-        weight = dense_weight(passes.model.get_submodule(path))
+        weight = whole(dense_weight(passes.model.get_submodule(path)))
         values = torch.linalg.svdvals(weight.detach().to(passes.device, torch.float32))
         number = (values[0] / (values[-1] + EPSILON)).double().cpu()
         return number if values[0] > 0 else torch.full_like(number, torch.inf)

@@ -58,6 +58,7 @@ class LightPeft(Strategy):
     name: ClassVar[str] = "light-peft"
     section: ClassVar[str] = "light_peft"
     cuts_base: ClassVar[bool] = True
+    needs_whole_base: ClassVar[bool] = True
 
     head_ratio: float | None = None
     neuron_ratio: float | None = None

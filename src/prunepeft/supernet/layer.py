@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunepeft.errors import ConfigError, StateError
 from prunepeft.kinds.base import STAGES, Kind, seeded
+from prunepeft.processes import whole
 from prunepeft.quantized import dense_weight, is_quantized
 from prunepeft.sites import norm_width
 from prunepeft.space import Site
@@ -142,7 +143,7 @@ class UnionLayer(nn.Module, BaseTunerLayer):
     # --- what kinds may ask (Host) ---------------------------------------------------------
 
     def frozen_weight(self) -> Tensor:
-        weight = dense_weight(self.get_base_layer())
+        weight = whole(dense_weight(self.get_base_layer()))
         return weight.T if self.is_transposed else weight
 
     def frozen_row_norm(self) -> Tensor:

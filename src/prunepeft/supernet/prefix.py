@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from prunepeft.errors import StateError
+from prunepeft.processes import is_cut
 from prunepeft.sites import find_layers
 
 
@@ -79,6 +80,8 @@ class PrefixPlayer:
     def __init__(self, net: nn.Module, prefix: tuple[FrozenStack, ...]) -> None:
         self.net, self.prefix = net, prefix
         base = base_of(net)
+        # What is cut over processes has to be put together and apart until the very end.
+        self._stops = not any(is_cut(p) for p in base.parameters())
         self._blocks = {s.stack: [base.get_submodule(p) for p in s.paths] for s in prefix}
         # Whether each further output is a tensor; None: a block returns its hidden states alone.
         self._extras: dict[str, tuple[bool, ...] | None] = {}
@@ -86,7 +89,8 @@ class PrefixPlayer:
     def take(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Hidden states behind the last frozen block of each stack, (rows, tokens, width).
 
-        Runs no block above the prefix. The caller decides on mode, gradients and autocast.
+        Runs no block above the prefix, unless the base model is cut over processes. The caller
+        decides on mode, gradients and autocast.
         """
         taken: dict[str, Tensor] = {}
         handles = []
@@ -98,7 +102,7 @@ class PrefixPlayer:
                 more = [isinstance(extra, Tensor) for extra in output[1:]] if is_tuple else ()
                 self._extras[stack] = tuple(more) if is_tuple else None
                 taken[stack] = output[0] if is_tuple else output
-                if is_last:
+                if is_last and self._stops:
                     raise _Enough
 
             handles.append(blocks[-1].register_forward_hook(keep))
