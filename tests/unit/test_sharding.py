@@ -59,13 +59,13 @@ def test_all_other_methods_are_allowed(given, monkeypatch):
     model = TINY["bert"]().config
     refused = []
     for name, method in METHODS:
-        config = SimpleNamespace(shard=True, method=name, arch=None)
+        config = SimpleNamespace(shard=True, method=name, arch=None, quantize="none")
         try:
             check_shard(config, model, needs_whole_base=method.needs_whole_base)
         except ConfigError:
             refused.append(name)
     assert sorted(refused) == ["adalora", "fisher", "gora", "light-peft"]
-    given_arch = SimpleNamespace(shard=True, method="gora", arch="arch.json")  # searches nothing
+    given_arch = SimpleNamespace(shard=True, method="gora", arch="arch.json", quantize="none")
     check_shard(given_arch, model, needs_whole_base=True)
 
 
