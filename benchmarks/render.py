@@ -7,8 +7,13 @@ from typing import Any
 
 import yaml
 
-from benchmarks.compression.table import compression_table
+from benchmarks.compression.table import compression_tables
+from benchmarks.engine.table import engine_tables
+from benchmarks.gpu.table import gpu_tables
+from benchmarks.scaling.table import scaling_tables
 from benchmarks.search.table import search_tables
+from benchmarks.search_cost.table import search_cost_tables
+from benchmarks.sparse_tuning.table import sparse_tables
 
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "docs" / "benchmarks.md"
@@ -30,8 +35,10 @@ def main() -> None:
 
 def render() -> str:
     """The whole page."""
-    parts = [(HERE / "about.md").read_text("utf-8"), *_first(), *_recorder(), *_kinds(), *_alone()]
-    parts += [*_structured(), *_structured_quality(), *search_tables(), *compression_table()]
+    parts = [(HERE / "about.md").read_text("utf-8"), *_first(), *search_cost_tables()]
+    parts += [*search_tables(), *engine_tables(), *scaling_tables(), *gpu_tables()]
+    parts += [*_kinds(), *_alone(), *_structured(), *_structured_quality()]
+    parts += [*sparse_tables(), *compression_tables()]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -95,23 +102,6 @@ def _first_task(task: str, metric: str, suite: dict[str, Any]) -> list[str]:
         "",
     ]
     return lines
-
-
-def _recorder() -> list[str]:
-    files = sorted((HERE / "engine" / "results").glob("recorder-*.json"))
-    rows = []
-    for result in map(_read, files):
-        low, _, high = result["ratio_quartiles"]
-        cells = (
-            result["machine"]["threads"],
-            result["pairs"] * result["steps_per_pair"],
-            f"{result['ratio_median']:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{result['ratio_of_sums']:.3f}",
-        )
-        rows.append(f"| {' | '.join(map(str, cells))} |")
-    about = (HERE / "engine" / "about.md").read_text("utf-8").rstrip()
-    return [about, *rows] if rows else []
 
 
 def _kinds() -> list[str]:

@@ -6,9 +6,9 @@
 Random weights in the shape of a LLaMA of 1 and of 7 billion parameters, bfloat16, gradient
 checkpointing for the larger. Each case in a process of its own: seconds a step (median), and the
 peak of allocated memory. `supernet` holds LoRA and a serial adapter wherever they go and records
-all six criteria; `peft` is LoRA of peft of the same rank on all linear layers; `pruned` is the supernet
-without the lower half of the layers and a third of the modules of the rest. `8bit`, `4bit` and
-`compiled` are the supernet on a quantised base, and compiled.
+all six criteria; `peft` is LoRA of peft of the same rank on all linear layers; `pruned` is the
+supernet without the lower half of the layers and a third of the modules of the rest. `8bit`, `4bit`
+and `compiled` are the supernet on a quantised base, and compiled.
 """
 
 import argparse
