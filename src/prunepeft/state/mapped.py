@@ -3,11 +3,13 @@
 import os
 import tempfile
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from prunepeft.state.files import disk_error
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def mapped_file(folder: Path, n_bytes: int) -> Path:
@@ -36,7 +38,9 @@ def mapped_file(folder: Path, n_bytes: int) -> Path:
     return path
 
 
-def map_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def map_tensor(path: Path, shape: tuple[int, ...], dtype: "torch.dtype") -> "Tensor":
     """The file as a tensor that all processes share; what is written to one is seen by all."""
+    import torch
+
     size = torch.Size(shape).numel()
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
