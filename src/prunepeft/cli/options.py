@@ -34,6 +34,14 @@ Metric = Annotated[str | None, typer.Option(help="See `prunepeft ls metrics`.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_RUN)]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32 or bf16.", rich_help_panel=_RUN)]
 Quantize = Annotated[str | None, typer.Option(help="none, 8bit or 4bit.", rich_help_panel=_RUN)]
+PrefixCache = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix-cache-gb",
+        help="Disk for the output of frozen layers; 0: off.",
+        rich_help_panel=_RUN,
+    ),
+]
 Backend = Annotated[str | None, typer.Option(help="serial, process or ray.", rich_help_panel=_RUN)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run folder.", rich_help_panel=_RUN)
@@ -109,6 +117,7 @@ def add_run_command(
         precision: Precision = None,
         quantize: Quantize = None,
         backend: Backend = None,
+        prefix_cache_gb: PrefixCache = None,
         resume: ResumeFlag = Resume.AUTO,
         overwrite: Overwrite = False,
         dry_run: DryRun = False,
@@ -134,6 +143,7 @@ def add_run_command(
             "precision": precision,
             "quantize": quantize,
             "backend": backend,
+            "train.prefix_cache_gb": prefix_cache_gb,
             "offline": offline or None,
             "trust_remote_code": trust_remote_code or None,
         }
