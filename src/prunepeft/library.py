@@ -3,11 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from prunepeft import run
 from prunepeft.config import RunConfig, load_config
 from prunepeft.result import Result, load_result
 
-_SECTIONS = ("train", "search", "base", "light_peft", "black_box")
+_SECTIONS = frozenset(
+    name
+    for name, field in RunConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+)
 
 
 def search(model: str, data: str, *, budget: str | int, **settings: Any) -> Result:

@@ -307,3 +307,11 @@ def test_any_text_parses_or_is_refused_by_us(text: str) -> None:
 def test_any_override_gives_a_config_or_our_error(key: str, value: str) -> None:
     with contextlib.suppress(ConfigError, BudgetError):
         assert isinstance(load_config(None, [f"{key}={value}"], BASE), RunConfig)
+
+
+def test_every_section_can_be_given_as_a_mapping_in_python() -> None:
+    from prunepeft.library import _config
+
+    fixed = {"model": "m", "data": "d", "budget": "1%", "sizes": {"lora": [4]}}
+    config = _config(**fixed, ist={"enabled": True, "layers": 0.5}, bipeft={"window": 2})
+    assert (config.ist.layers, config.bipeft.window, config.sizes) == (0.5, 2, {"lora": [4]})
