@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +60,7 @@ class Results:
             "commit": commit(),
             "machine": machine(),
             "wall_seconds": round(seconds, 2),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "result": result,
         }
         write_json(file, record)

@@ -13,6 +13,7 @@ from prunepeft.progress import Progress
 from prunepeft.row_states import NumberedRows, RowStates, skipping, split_states
 from prunepeft.sharding import ShardedArguments, average_gradients, leave_as_is
 from prunepeft.sparse_tuning import SparseTuning
+from prunepeft.supernet.prefix import base_of
 from prunepeft.tasks.base import IGNORED
 
 
@@ -139,6 +140,13 @@ class PhaseCallback(TrainerCallback):
         self.max_grad_norm = max_grad_norm
         self.progress = progress
         self.is_enough = False
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # The Trainer lets inputs require gradients where activations are recomputed. Only the
+        # reentrant form needs that, and layers below all modules would be back-propagated.
+        base = base_of(model)
+        if getattr(base, "_require_grads_hook", None) is not None:
+            base.disable_input_require_grads()
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if isinstance(self.recorder, SparseTuning):

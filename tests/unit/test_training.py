@@ -334,3 +334,20 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run_phase(make_net(), make_phases(make_rows()))
     assert list(tmp_path.rglob("*.*")) == []
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_below_all_modules_are_not_back_propagated(name, recompute):
+    model = TINY[name](num_hidden_layers=3)
+    full = make_space(find_sites(model), ("lora",), sizes={"lora": 2}).full()
+    net = attach(model, full.without([s.id for s in full if s.layer < 2]))
+    blocks = model.bert.encoder.layer if name == "bert" else model.model.layers
+    seen = {0: [], 1: [], 2: []}
+    for number, block in enumerate(blocks):
+        block.register_forward_hook(lambda m, a, y, n=number: seen[n].append(y.requires_grad))
+    before = trainable_state(net)
+    run_phase(net, make_phases(make_rows(name), gradient_checkpointing=recompute))
+    assert not any(seen[0] + seen[1])
+    assert all(seen[2])
+    assert any((before[n] != t).any() for n, t in trainable_state(net).items())
