@@ -25,6 +25,8 @@ RECORD = Record(
     abs_weight_grad_mean=torch.tensor([0.5, 0.25]),
     output_abs_mean=torch.tensor([0.2, 0.7]),
     init_rms=torch.tensor([15.0, 1.0]),
+    # The layers 0 and 3 of the worked update of IST: scores 0.1434 and -0.1434.
+    layer_importance=torch.sigmoid(torch.tensor([-0.1434, 0.1434], dtype=torch.float64)),
     steps=2,
 )
 
@@ -41,6 +43,7 @@ RECORD = Record(
         ("gradient", 4.0 / 4, 105.0 / 3),
         ("snip_mean", 0.5, 0.25),
         ("gradient_mean", 1.5, 40.0),
+        ("ist", 1 / (1 + math.exp(0.1434)), 1 / (1 + math.exp(-0.1434))),
     ],
 )
 def test_criterion_on_two_modules(name: str, a: float, b: float) -> None:

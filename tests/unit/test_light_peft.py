@@ -377,9 +377,9 @@ def test_criteria_of_partitions_say_nothing_here(tmp_path) -> None:
 def test_the_estimate_is_one_training() -> None:
     settings = config(method="light-peft", search={"epochs": 2, "mode": "none"})
     rows = SimpleNamespace(train=range(160))
-    plan = SimpleNamespace(
-        config=settings, given=None, budget=1, strategy=make_strategy(settings), splits=rows
-    )
+    asked = {"space": None, "limit": 1, "groups": (), "metric": "accuracy"}
+    asked |= {"given": None, "budget": SimpleNamespace(unit="parameters")}
+    plan = SimpleNamespace(config=settings, strategy=make_strategy(settings), splits=rows, **asked)
     assert _search_cost(plan) == {"runs": 1, "steps": 20, "rows_per_training_row": 0.667}
 
 
