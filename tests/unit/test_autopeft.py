@@ -458,12 +458,13 @@ def volume(result, limit: int) -> float:
 
 @needs_botorch
 @pytest.mark.slow
-def test_it_beats_random_search_in_hypervolume():
+@pytest.mark.parametrize("surrogate", ["gp", "map-saas"])
+def test_it_beats_random_search_in_hypervolume(surrogate):
     wins = [0, 0]
     for seed in range(10):
         problem = make_problem(seed=seed)
         wide = replace(problem, space=widened(problem.space, problem.limit, problem.unit))
-        found = AutoPeft(n_trials=21, surrogate="gp").search(problem)
+        found = AutoPeft(n_trials=21, surrogate=surrogate).search(problem)
         uniform = AutoPeft(n_trials=21, initial=21).search(problem)
         filled = RandomSearch(n_trials=21).search(wide)
         mine, *others = (volume(r, problem.limit) for r in (found, uniform, filled))
