@@ -27,7 +27,7 @@ from prunepeft.estimates import planned_steps
 from prunepeft.plan import Plan, make_plan, problem_of
 from prunepeft.processes import on_main
 from prunepeft.state import RunFolder, read_json
-from prunepeft.strategies import METHODS
+from prunepeft.strategies import METHODS, HybridPruning
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +105,20 @@ def other_length(base: RunConfig, own: Cell, reference: Cell) -> tuple[dict[str,
     if own.steps > reference.steps:
         return _fewer_rows(make_plan(base), own, reference.steps)
     settings, note = _more_epochs(own, reference.steps)
-    if settings is not None and not own.continues and not base.base_ratio:
+    if settings is not None and (own.continues or base.base_ratio):
+        settings |= {"search": _as_long(make_plan(base))}
+    elif settings is not None:
         settings |= {**NO_TRIALS, "arch": str(Path(own.run) / "best" / "arch.json")}
     return settings, note
+
+
+def _as_long(plan: Plan) -> dict[str, Any]:
+    """What keeps a search that is repeated as long as it was, though its training grows."""
+    problem = problem_of(plan, None, None)
+    fixed: dict[str, Any] = {"fidelity": problem.fidelity.data}
+    if isinstance(plan.strategy, HybridPruning):
+        fixed["warmup_turns"] = plan.strategy.warm_up.n_turns(problem)
+    return fixed
 
 
 def more_trials(base: RunConfig, allowance: int) -> tuple[dict[str, Any] | None, str]:

@@ -153,7 +153,9 @@ class Engine:
         phases = self.phases
         if phases.packer is None:
             return
-        rows = phases.train.__getitems__(list(range(min(ROWS_CHECKED, len(phases.train)))))
+        lengths = list(phases.train["length"])
+        shortest = sorted(range(len(lengths)), key=lambda i: lengths[i])[:ROWS_CHECKED]
+        rows = phases.train.__getitems__(shortest)
         check_packing(model.eval(), phases.collator, phases.packer, rows)
 
     def _cache(self, device: str) -> TrialCache | None:

@@ -13,7 +13,7 @@ from prunepeft.processes import n_processes
 from prunepeft.quantized import BYTES
 from prunepeft.space import Placement, SearchSpace
 from prunepeft.state import disk_free
-from prunepeft.strategies import Allocator
+from prunepeft.strategies import Allocator, HybridPruning
 from prunepeft.strategies.black_box import BlackBox
 from prunepeft.structured.cut import n_removed
 
@@ -48,17 +48,26 @@ def describe(plan: Plan) -> dict[str, Any]:
         "warnings": _warnings(plan),
         "train": {"steps": train_steps, "epochs": config.train.epochs},
         "memory_bytes": estimate_memory(plan, trained),
-        "disk_bytes": estimate_disk(config, plan.limit, supernet, sum(plan.head.values())),
     }
     if plan.groups:
         info["base"] = _base(plan)
         if plan.budget is None and plan.given is None:
             del info["train"], info["search"], info["candidates"]
-        info["disk_bytes"] += plan.n_base * _width(plan)
-    output = Path(config.output or ".").absolute()
-    existing = next(p for p in (output, *output.parents) if p.exists())
-    info["disk_free_bytes"] = disk_free(existing)
-    return info
+    return info | _disk(plan, supernet)
+
+
+def _disk(plan: Plan, supernet: int) -> dict[str, Any]:
+    """What the run folder takes, what is kept beside it until the process ends, what is free."""
+    n_bytes = estimate_disk(plan.config, plan.limit, supernet, sum(plan.head.values()))
+    if plan.groups:
+        n_bytes += plan.n_base * _width(plan)
+    output = Path(plan.config.output or ".").absolute()
+    free = disk_free(next(p for p in (output, *output.parents) if p.exists()))
+    return {
+        "disk_bytes": n_bytes,
+        "scratch_bytes_at_most": min(estimate_scratch(plan), free // 2),
+        "disk_free_bytes": free,
+    }
 
 
 def _model(plan: Plan) -> dict[str, Any]:
@@ -137,6 +146,8 @@ def _search_cost(plan: Plan) -> dict[str, Any]:
     problem = problem_of(plan, None, None)
     rows = problem.fidelity.rows(n)
     rounds = getattr(plan.strategy, "rounds", 1)  # a method without rounds trains once
+    if isinstance(plan.strategy, HybridPruning):
+        rounds = plan.strategy.most_rounds(len(plan.space))
     runs, steps = rounds, rounds * search.epochs * n_steps(rows, batch)
     seen = rounds * search.epochs * rows
     if getattr(plan.strategy, "warmup", False) and mode == "hybrid" and not plan.config.strategy:
@@ -179,7 +190,7 @@ def estimate_memory(plan: Plan, trained: int) -> int:
     config, sites = plan.config, plan.sites
     width = _width(plan)
     layers = len({(s.stack, s.layer) for s in sites})
-    hidden = max((s.d_out for s in sites if s.role in ("o", "down", "other")), default=0)
+    hidden = _hidden(plan)
     wide = sum(s.d_out for s in sites if s.role != "norm")
     rows = math.ceil(config.train.batch_size / config.train.gradient_accumulation)
     per_token = (2 * wide + 8 * hidden * layers) * width
@@ -187,6 +198,21 @@ def estimate_memory(plan: Plan, trained: int) -> int:
         per_token //= max(1, layers)
     held = _held_bytes(plan, layers, width)
     return held + trained * 16 + rows * plan.n_tokens * per_token
+
+
+def estimate_scratch(plan: Plan) -> int:
+    """Bytes at most of the output of frozen layers, which is kept while a process trains."""
+    train, splits = plan.config.train, plan.splits
+    if train.packing:
+        return 0
+    tokens = (len(splits.train) + len(splits.validation)) * plan.n_tokens
+    stacks = len({s.stack for s in plan.sites})
+    most = tokens * stacks * _hidden(plan) * _width(plan)
+    return min(round(train.prefix_cache_gb * 1e9), most)
+
+
+def _hidden(plan: Plan) -> int:
+    return max((s.d_out for s in plan.sites if s.role in ("o", "down", "other")), default=0)
 
 
 def _held_bytes(plan: Plan, layers: int, width: int) -> int:

@@ -98,7 +98,7 @@ class Plan:
         if self.config.precision != "auto":
             return self.config.precision == "bf16"
         if device == "cuda":
-            return torch.cuda.is_bf16_supported()
+            return torch.cuda.is_bf16_supported(including_emulation=False)
         return not self.groups and self.n_base >= BF16_PARAMS and _cpu_has_bf16()
 
     @property

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,12 @@ from datasets import Dataset
 from torch import nn
 
 from prunepeft.errors import DiskError
+from prunepeft.memory import is_out_of_memory
 from prunepeft.processes import share
 from prunepeft.row_states import KeptStates, RowStates
 from prunepeft.sites import find_layers
 from prunepeft.sparse_tuning.layers import evaluating
+from prunepeft.state import disk_free
 from prunepeft.state_maker import StateMaker
 from prunepeft.supernet.prefix import base_of, frozen_prefix
 
@@ -67,8 +69,8 @@ class PrefixReuse:
         """Use states in the phases inside, where that pays.
 
         It pays for rows that are seen more than once: in several epochs, or in later trainings on
-        the whole training split. The decision depends on nothing else, so that a run that is
-        resumed decides alike.
+        the whole training split. Beside that the decision depends on the model and on room on the
+        disk, so that a run that is resumed decides alike.
 
         Args:
             net: The model with modules on it.
@@ -78,10 +80,10 @@ class PrefixReuse:
             name: For the progress line.
         """
         began = time.perf_counter()
-        if self.limit and (epochs > 1 or rows is phases.train):
-            self._begin(net, phases, rows, epochs, name)
-        self._seconds += time.perf_counter() - began
         try:
+            if self.limit and (epochs > 1 or rows is phases.train):
+                self._begin(net, phases, rows, epochs, name)
+            self._seconds += time.perf_counter() - began
             yield
         finally:
             self._now = {}
@@ -95,60 +97,82 @@ class PrefixReuse:
         device = phases.arguments(0).device
         if not (getattr(base_of(net), "is_quantized", False) or phases.sharded):
             net.to(device)
-        with (
-            evaluating(net),
-            torch.autocast(device.type, torch.bfloat16, enabled=phases.bf16),
-        ):
-            maker = StateMaker(net, prefix, phases.collator, phases.micro_batch, device)
-            if reason := share(maker.objection(rows)):
-                logger.info("%s: all layers run in every step, for %s", name, reason)
-                return
-            total = 0
-            for part in (rows, phases.validation):
-                n_bytes = maker.n_bytes(part)
-                kept = self._states(maker, part, n_bytes, total, phases, name)
-                if kept is None:
-                    break
-                total += n_bytes
-                self._now[id(part)] = RowStates(maker.player, kept)
+        with evaluating(net), torch.autocast(device.type, torch.bfloat16, enabled=phases.bf16):
+            maker = StateMaker(net, prefix, phases.collator, device)
+            try:
+                total = self._keep(maker, phases, rows, name)
+            except DiskError as error:
+                self._now = {}
+                logger.warning("%s: all layers run in every step: %s", name, error)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or torch.distributed.is_initialized():
+                    raise  # other processes would wait for this one
+                self._now = {}
+                logger.warning("%s: all layers run in every step, for lack of memory", name)
         if self.of(rows) is not None:
             n_frozen, n_layers = sum(len(s.paths) for s in prefix), len(find_layers(base_of(net)))
             phases.progress.finish(describe(n_frozen, n_layers, total, epochs))
+
+    def _keep(self, maker: StateMaker, phases: "Phases", rows: Dataset, name: str) -> int:
+        """States of the rows and of the validation rows, as far as there is room; their bytes."""
+        if reason := share(maker.objection(rows)):
+            logger.info("%s: all layers run in every step, for %s", name, reason)
+            return 0
+        total = 0
+        tokens = maker.tokens(rows)
+        by_length = sorted(range(len(rows)), key=lambda i: (-tokens[i], i))
+        # Rows of validation go together as in an evaluation without states, to the same numbers.
+        in_order = range(len(phases.validation))
+        parts = (
+            (rows, by_length, phases.micro_batch),
+            (phases.validation, in_order, phases.eval_batch),
+        )
+        for part, order, size in parts:
+            batches = [order[i : i + size] for i in range(0, len(order), size)]
+            kept = self._states(maker, part, batches, total, phases, name)
+            if kept is None:
+                break
+            self._now[id(part)] = RowStates(maker.player, kept)
+            total += maker.n_bytes(part)
+        return total
 
     def _states(
         self,
         maker: StateMaker,
         rows: Dataset,
-        n_bytes: int,
-        in_use: int,
+        batches: Sequence[Sequence[int]],
+        used: int,
         phases: "Phases",
         name: str,
     ) -> KeptStates | None:
-        """States of these rows, of an earlier training or made now; None if there is no room."""
-        if in_use + n_bytes > self.limit:
-            logger.info(
-                "%s: the output of the frozen layers would take %.1f GB, the limit is %.1f GB "
-                "(train.prefix_cache_gb)",
-                name,
-                (in_use + n_bytes) / 1e9,
-                self.limit / 1e9,
-            )
-            return None
-        key = maker.key(rows)
-        is_new = key not in self._kept
-        n_batches = -(-len(rows) // maker.batch_size)
-        phases.progress.start(f"{name}, frozen layers", n_batches if is_new else 0)
-        if is_new:
-            while sum(n for _, n in self._kept.values()) + n_bytes > self.limit:
-                self._kept.popitem(last=False)
-            try:
-                kept = maker.make(rows, self.folder, phases.progress.advance)
-            except DiskError as error:
-                logger.warning("%s: all layers run in every step: %s", name, error)
+        """States of these rows, of an earlier training or made now; None without room for them."""
+        key, n_bytes = maker.key(rows, batches), maker.n_bytes(rows)
+        if key not in self._kept:
+            if not self._make_room(used, n_bytes, f"{name}, {len(rows)} rows"):
                 return None
+            phases.progress.start(f"{name}, frozen layers", len(batches))
+            kept = maker.make(rows, batches, self.folder, phases.progress.advance)
             self._kept[key] = (kept, n_bytes)
         self._kept.move_to_end(key)
         return self._kept[key][0]
+
+    def _make_room(self, used: int, n_bytes: int, name: str) -> bool:
+        """Whether so many bytes fit beside those in use; states of earlier trainings may go."""
+        room = self.limit - used
+        if n_bytes <= room:
+            while self._kept and sum(n for _, n in self._kept.values()) + n_bytes > self.limit:
+                self._kept.popitem(last=False)
+            room = min(room, disk_free(self.folder) // 2)  # the rest is for the run
+        room = share(room)
+        if n_bytes > room:
+            logger.warning(
+                "%s: frozen layers run every time: their output would take %.2f GB, and there is "
+                "room for %.2f GB (train.prefix_cache_gb, and half of what is free on the disk)",
+                name,
+                n_bytes / 1e9,
+                room / 1e9,
+            )
+        return n_bytes <= room
 
 
 def describe(n_frozen: int, n_layers: int, n_bytes: int, epochs: int) -> str:

@@ -126,21 +126,22 @@ def evaluate(run: Path, data: str | None = None) -> dict[str, Any]:
     engine = Engine(plan, folder, is_main=False)
     if data is not None:
         part, rows = data, load_rows(data, like=plan.splits, offline=plan.config.offline)
-    elif plan.splits.test is not None:
-        part, rows = "test", plan.splits.test
     else:
-        part, rows = "validation", plan.splits.validation
+        part = "validation" if plan.splits.test is None else "test"
+        rows = getattr(plan.splits, part)
     return {"data": part, "rows": len(rows), "metrics": engine.measure(folder.adapter_dir, rows)}
 
 
 def plan_as_trained(folder: RunFolder) -> Plan:
     """The plan of a finished run without a search, on the base that it cut itself, if it did."""
     config = RunConfig.model_validate(folder.read_config())
-    change: dict[str, Any] = {"budget": None, "arch": None, "baseline": "none", "strategy": None}
-    change |= {"method": "prunepeft", "base_ratio": 0.0} | dict.fromkeys(BACKEND_KEYS)
+    change: dict[str, Any] = dict.fromkeys(("budget", "arch", "strategy", *BACKEND_KEYS))
+    change |= {"baseline": "none", "method": "prunepeft", "base_ratio": 0.0}
     change |= {"backend": "serial", "shard": False}
     if folder.base_dir.is_dir():
         change["model"] = str(folder.base_dir)
+        if config.precision == "auto" and check_device(config.device) == "cpu":
+            change["precision"] = "fp32"  # as a run is that cuts the base
     return make_plan(config.model_copy(update=change))
 
 

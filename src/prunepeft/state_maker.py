@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from prunepeft.errors import StateError
 from prunepeft.processes import on_main, own_part, share
 from prunepeft.row_states import KeptStates, tokens_of
 from prunepeft.state import canonical_json, map_tensor, mapped_file
@@ -33,7 +34,6 @@ class StateMaker:
         net: The model with modules on it.
         prefix: What is frozen in it.
         collator: Rows to a batch.
-        batch_size: Rows of a forward pass.
         device: Where the model is.
     """
 
@@ -42,12 +42,11 @@ class StateMaker:
         net: nn.Module,
         prefix: tuple[FrozenStack, ...],
         collator: Collator,
-        batch_size: int,
         device: torch.device,
     ) -> None:
         self.net, self.prefix = net, prefix
         self.player = PrefixPlayer(net, prefix)
-        self.collator, self.batch_size, self.device = collator, batch_size, device
+        self.collator, self.device = collator, device
         self._like: dict[str, Tensor] = {}  # stack -> states of one row
 
     def objection(self, rows: Dataset) -> str | None:
@@ -56,6 +55,12 @@ class StateMaker:
         The shortest and the longest row go through the model together, once as they are and once
         with states that were made of each alone.
         """
+        try:
+            return self._objection(rows)
+        except (StateError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return f"its layers do not hand on hidden states one to the other ({error})"
+
+    def _objection(self, rows: Dataset) -> str | None:
         if any(getattr(m, "layerdrop", 0) > 0 for m in self.net.modules()):
             return "whole layers drop out at random in this model"
         lengths = list(rows["length"])
@@ -92,10 +97,19 @@ class StateMaker:
         return sum(self.tokens(rows)) * sum(t[0, 0].nbytes for t in self._like.values())
 
     def make(
-        self, rows: Dataset, folder: Path, on_batch: Callable[[], None] = lambda: None
+        self,
+        rows: Dataset,
+        batches: Sequence[Sequence[int]],
+        folder: Path,
+        on_batch: Callable[[], None] = lambda: None,
     ) -> KeptStates:
         """States of all rows, in files without a name. All processes of one host share the work.
 
+        Args:
+            rows: Encoded rows.
+            batches: Numbers of the rows that go through the model together.
+            folder: Where the files are.
+            on_batch: Called after each batch.
         Raises:
             DiskError: if there is no room.
         """
@@ -105,21 +119,20 @@ class StateMaker:
             for stack, like in self._like.items()
         }
         kept = KeptStates(stacks, [0, *accumulate(sizes)])
-        order = sorted(range(len(rows)), key=lambda i: (-sizes[i], i))
-        groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        for number in range(_rank(), -(-len(groups) // _world()) * _world(), _world()):
+        for number in range(_rank(), -(-len(batches) // _world()) * _world(), _world()):
             # As many passes on every process: a base model that is cut over them needs all.
-            group = groups[min(number, len(groups) - 1)]
-            states = self.player.take(self._batch(rows, group))
-            for place, row in enumerate(group):
+            batch = batches[min(number, len(batches) - 1)]
+            states = self.player.take(self._batch(rows, batch))
+            for place, row in enumerate(batch):
                 kept.write(row, states, place)
             on_batch()
         share(None)  # none goes on before all have written
         return kept
 
-    def key(self, rows: Dataset) -> str:
+    def key(self, rows: Dataset, batches: Sequence[Sequence[int]]) -> str:
         """Digest of all that the states depend on: rows, frozen weights, and how they are run."""
-        how = [self.batch_size, torch.is_autocast_enabled(self.device.type), str(self.device)]
+        together = [list(batch) for batch in batches]
+        how: list[Any] = [together, torch.is_autocast_enabled(self.device.type), str(self.device)]
         how += [[s.stack, len(s.paths)] for s in self.prefix]
         frozen = sorted(self._frozen_tensors())
         return hashlib.sha256(canonical_json([how, rows_digest(rows), frozen])).hexdigest()

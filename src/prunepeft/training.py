@@ -118,6 +118,11 @@ class Phases:
         pieces = max(self.pieces, self.settings.gradient_accumulation)
         return max(1, self.settings.batch_size // pieces)
 
+    @property
+    def eval_batch(self) -> int:
+        """Rows of a forward pass of evaluation in one process."""
+        return max(1, self.settings.eval_batch_size // self.eval_pieces)
+
     def reusing(
         self, net: nn.Module, rows: Dataset, epochs: int, name: str
     ) -> AbstractContextManager[None]:
@@ -127,13 +132,9 @@ class Phases:
         return self.prefix.over(net, self, rows, epochs, name)
 
     def compiling(self, net: nn.Module, steps: int) -> AbstractContextManager[None]:
-        """The model is compiled inside, if that is asked for and the steps are worth it.
-
-        It is not while frozen layers are left out, which saves more.
-        """
-        backend = self.settings.compile
-        is_short = steps < COMPILED_STEPS
-        if backend is None or is_short or (self.prefix is not None and self.prefix.is_used):
+        """The model is compiled inside, if asked for and worth it; not while layers are skipped."""
+        backend, is_reusing = self.settings.compile, self.prefix is not None and self.prefix.is_used
+        if backend is None or steps < COMPILED_STEPS or is_reusing:
             return nullcontext()
         return compiled(net, backend)
 
@@ -262,7 +263,7 @@ class Phases:
         args = (ShardedArguments if self.sharded else TrainingArguments)(
             output_dir=str(Path(tempfile.gettempdir()) / "prunepeft-trainer"),
             num_train_epochs=1,
-            per_device_eval_batch_size=max(1, self.settings.eval_batch_size // self.eval_pieces),
+            per_device_eval_batch_size=self.eval_batch,
             max_grad_norm=0.0,
             seed=seed,
             bf16=self.bf16,

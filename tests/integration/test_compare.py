@@ -10,10 +10,12 @@ import pytest
 
 from prunepeft import compare_cells, run
 from prunepeft.compare import compare, compare_runs
-from prunepeft.compare_settings import cell_config
+from prunepeft.compare_settings import cell_config, with_settings
 from prunepeft.comparison import Cell
 from prunepeft.config import load_config
 from prunepeft.errors import ConfigError, DataError, LockedError, StateError, UnknownNameError
+from prunepeft.estimates import planned_steps
+from prunepeft.plan import make_plan
 from prunepeft.strategies import METHODS, BlackBox
 from tests.tiny_tokenizer import save_tiny_model
 
@@ -255,6 +257,19 @@ def test_weights_of_the_search_are_not_lost_at_equal_cost(place, finished):
     assert settings["arch"] == f"{own.run}/best/arch.json"
     settings, _ = compare_cells.other_length(base, replace(own, continues=True), reference)
     assert "arch" not in settings
+
+
+def test_a_search_that_is_repeated_does_not_grow_with_its_training(place, finished):
+    """Rows and warm-up follow the length of the training, if nothing is said of them."""
+    own = cells_of(finished[1])["prunepeft", "own", 0]
+    reference = Cell("other", "own", 0, metric=0.5, train_steps=2000)
+    free = {"base_ratio": 0.2, "search.warmup": True, "train.epochs": 20}
+    base = cell_config(config_of(place, **free), "prunepeft", 0, place / "cmp")
+    settings, _ = compare_cells.other_length(base, replace(own, search_steps=200), reference)
+    assert settings["train"]["epochs"] > 400
+    before, longer = make_plan(base), make_plan(with_settings(base, settings))
+    grown = make_plan(with_settings(base, {"train": settings["train"]}))
+    assert planned_steps(longer) == planned_steps(before) < planned_steps(grown)
 
 
 def test_a_reference_that_failed_leaves_no_allowance(place):

@@ -277,6 +277,17 @@ def test_per_round_removes_that_many_until_the_budget():
     assert sizes[:-1] == [2] * (len(sizes) - 1)
 
 
+@pytest.mark.parametrize("per_round", [1, 5, 16])
+def test_rounds_of_so_many_modules_take_their_share_of_the_training_together(per_round):
+    space = make_space(8)
+    problem = replace(make_problem(space, half(space)), n_train=200_000, train_steps=30_000)
+    strategy = HybridPruning(per_round=per_round, warmup=False)
+    rounds = strategy.most_rounds(len(space))
+    assert rounds == -(-len(space) // per_round)
+    share = strategy.default_share(problem)
+    assert rounds * problem.n_steps(Fidelity(share, 1)) == pytest.approx(0.3 * 30_000, rel=0.01)
+
+
 def test_a_budget_above_the_supernet_prunes_nothing():
     space = make_space()
     evaluator = MockEvaluator()
@@ -362,7 +373,17 @@ def test_the_budget_holds_with_freed_layers_and_nothing_above_them_would_fit(
             assert problem.cost(kept) + costs[slot.id] > limit
 
 
-@pytest.mark.parametrize("wrong", [{"cost_aware": -0.1}, {"settle": 0.0}, {"settle": 1.5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cost_aware": -0.1},
+        {"settle": 0.0},
+        {"settle": 1.5},
+        {"cost_aware": 1.0, "per_round": 2},
+        {"cost_aware": 1.0, "mode": "random"},
+        {"settle": 0.9, "mode": "none"},
+    ],
+)
 def test_wrong_prices_and_thresholds_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         HybridPruning(**wrong)

@@ -104,6 +104,19 @@ def test_models_that_keep_rows_apart_are_not_refused(dtype: torch.dtype) -> None
         check_packing(model, Collator(0), PackingCollator(0, 9), rows_of([9]))
 
 
+def test_a_model_whose_rows_leak_is_refused_though_its_first_rows_fill_a_pack(
+    tmp_path: Path,
+) -> None:
+    texts = ["w1 w2 w3 w4 w5 w6 w7 w8 w9"] * 100 + ["w1 w2", "w5 w7 w3"] * 5
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": text, "completion": "w1 w2"} for text in texts]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(save_tiny_model(tmp_path / "opt", "opt"))
+    train = {"packing": True, "max_length": 16, "epochs": 1}
+    with pytest.raises(ConfigError, match="does not keep packed rows apart"):
+        prunepeft.search(model, str(data), budget="300", train=train, output=str(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_a_phase_with_packed_rows_is_the_same_phase(pieces: int) -> None:
     rows = make_rows("llama", n=32, length=None)

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers.modeling_outputs import BaseModelOutput
 
 from prunepeft import attach, find_sites, make_space
 from prunepeft.batches import n_steps
@@ -267,16 +269,20 @@ def test_training_is_the_same(name: str, settings: dict[str, Any], tmp_path: Pat
 def count_steps(phases: Phases) -> dict[str, int]:
     """How often states were made."""
     calls = {"made": 0}
-    make = PrefixReuse._states
+    make = StateMaker.make
 
-    def counted(self: PrefixReuse, maker: StateMaker, *args: Any) -> KeptStates | None:
-        before = len(self._kept)
-        kept = make(self, maker, *args)
-        calls["made"] += len(self._kept) > before
-        return kept
+    def counted(self: StateMaker, *args: Any) -> KeptStates:
+        calls["made"] += 1
+        return make(self, *args)
 
-    phases.prefix._states = counted.__get__(phases.prefix)
+    phases.prefix._states = partial(counted_states, phases.prefix, counted)
     return calls
+
+
+def counted_states(reuse: PrefixReuse, make: Any, maker: StateMaker, *args: Any) -> KeptStates:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StateMaker, "make", make)
+        return PrefixReuse._states(reuse, maker, *args)
 
 
 def test_frozen_layers_do_not_run_in_the_steps(tmp_path: Path) -> None:
@@ -443,6 +449,113 @@ def test_a_full_disk_stops_nothing(
     assert "all layers run in every step" in caplog.text
     assert "No space left" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def hungry(net: PeftModel, most: int) -> None:
+    """Let the first layer run out of memory for more than so many rows."""
+
+    def check(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args[0]) > most:
+            raise torch.OutOfMemoryError("out of memory (simulated)")
+
+    net.get_base_model().bert.encoder.layer[0].register_forward_pre_hook(check)
+
+
+def test_lack_of_memory_while_states_are_made_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = []
+    for gb in (0.0, 1.0):
+        net, phases = net_of("bert"), make_phases("bert", tmp_path, gb)
+        hungry(net, 4)
+        found.append(trained(net, phases, epochs=2)[0])
+        assert phases.pieces == 2
+        assert not phases.prefix.is_used
+    assert found[0] == found[1]
+    assert "for lack of memory" in caplog.text
+
+
+def test_states_of_a_training_that_failed_are_not_used_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, phases = net_of("bert"), make_phases("bert", tmp_path)
+    make = StateMaker.make
+
+    def breaks(self: StateMaker, rows: Dataset, *args: Any) -> KeptStates:
+        if rows is phases.validation:
+            raise ZeroDivisionError
+        return make(self, rows, *args)
+
+    monkeypatch.setattr(StateMaker, "make", breaks)
+    with pytest.raises(ZeroDivisionError), phases.reusing(net, phases.train, 2, "look"):
+        raise AssertionError
+    assert not phases.prefix.is_used
+
+
+class Returns(nn.Module):
+    """A layer that returns another form than hidden states."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return {"states": self.layer(*args, **kwargs)}
+
+
+@pytest.mark.parametrize("how", ["returns a dict", "is not called as a module"])
+def test_layers_of_an_odd_form_run_in_every_step(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = net_of("bert")
+    layers = net.get_base_model().bert.encoder.layer
+    if how == "returns a dict":
+        layers[0] = Returns(layers[0])
+        layers[1].register_forward_pre_hook(lambda m, a: (a[0]["states"], *a[1:]))
+    else:
+        first = layers[0]
+        call = first.forward
+        first.forward = lambda *args, **kwargs: call(*args, **kwargs)
+        encoder = net.get_base_model().bert.encoder
+
+        def run(states: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            states = layers[1](first.forward(states, mask), mask)
+            return BaseModelOutput(last_hidden_state=states)
+
+        encoder.forward = run
+    with caplog.at_level(logging.INFO, "prunepeft"):
+        assert not used(net, make_phases("bert", tmp_path))
+    assert "do not hand on hidden states" in caplog.text
+
+
+def test_half_of_the_disk_is_left_to_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    net, phases = net_of("bert"), make_phases("bert", tmp_path)
+    n_bytes = 16 * 4 * sum(phases.train["length"])
+    free = {"bytes": 2 * n_bytes}
+    phases.validation = phases.train.select([*range(len(phases.train)), 0])
+    monkeypatch.setattr("prunepeft.prefix_reuse.disk_free", lambda folder: free["bytes"])
+    with phases.reusing(net, phases.train, 2, "look"):
+        assert phases.prefix.of(phases.train) is not None
+        assert phases.prefix.of(phases.validation) is None
+    assert "half of what is free on the disk" in caplog.text
+    free["bytes"] = 0
+    assert used(net, phases)  # what is kept already is there
+    assert not used(net, make_phases("bert", tmp_path))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_an_evaluation_gives_the_same_numbers_in_bfloat16(name: str, tmp_path: Path) -> None:
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    model = make_tiny(name, LOSSES[name], **wide).to(torch.bfloat16)
+    net = shaken(attach(model, upper(model, 2)))
+    phases = make_phases(name, tmp_path)
+    phases.bf16 = True
+    plain = phases.evaluate(net)["loss"]
+    with phases.reusing(net, phases.train, 2, "look"):
+        assert phases.prefix.of(phases.validation) is not None
+        assert phases.evaluate(net)["loss"] == plain
 
 
 def test_digest_of_rows_is_that_of_what_the_model_reads() -> None:

@@ -177,6 +177,20 @@ def test_two_recorders_on_one_layer_are_refused() -> None:
         assert all(layer.observer is not None for layer in toy.layers)
 
 
+def test_two_recorders_are_refused_in_a_step_that_is_not_looked_at_too() -> None:
+    toy = Toy()
+    recorder = Recorder(toy.units, toy.layers, output_every=100)
+    with recorder:
+        train(toy, recorder, 2)
+        assert all(layer.observer is None for layer in toy.layers)
+        with pytest.raises(StateError, match="recorded already"), Recorder(toy.units, toy.layers):
+            pass
+        train(toy, recorder, 1)
+    assert recorder.read().steps == 3
+    with Recorder(toy.units, toy.layers):
+        pass
+
+
 def test_no_step_is_refused() -> None:
     toy = Toy()
     with Recorder(toy.units, toy.layers) as recorder:

@@ -1,6 +1,6 @@
 """Statistics of a training pass as running sums on the device; nothing of a step is kept."""
 
-import contextlib
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from prunepeft.criteria.base import NEEDS, RECORDED, Record, unit_means
 from prunepeft.criteria.sums import GradientSums, OutputSums, by_device, n_processes, summed
 from prunepeft.errors import ConfigError, StateError
+
+_WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()  # layers whose outputs are being recorded
 
 
 class Module(Protocol):
@@ -89,7 +91,6 @@ class Recorder:
         self.output_every = output_every
         self.trials = trials if "suppression" in needs else None
         self._recording = self._watching = False
-        self._stance = contextlib.ExitStack()
         self._init_rms = torch.empty(0)
         self._sums: list[GradientSums] = []
         self.reset()
@@ -110,10 +111,11 @@ class Recorder:
 
     def __enter__(self) -> "Recorder":
         watched = self.layers if "outputs" in self.needs else ()
-        if self._recording or any(layer.observer is not None for layer in watched):
+        if self._recording or any(layer in _WATCHED for layer in watched):
             raise StateError(
                 "these layers are being recorded already; leave the other recorder first."
             )
+        _WATCHED.update(watched)
         self.reset()
         self._recording = True
         if "weights" in self.needs:
@@ -131,6 +133,8 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._recording:
+            _WATCHED.difference_update(self.layers if "outputs" in self.needs else ())
         self._recording = False
         if self.trials is not None:
             self.trials.stop()
@@ -191,10 +195,7 @@ class Recorder:
         return Record(units=tuple(self.units), steps=self.steps, **collected)
 
     def _watch(self) -> None:
-        """Look at the outputs of the next step or do not, see `output_every`.
-
-        Steps that are looked at run uncompiled: what is added up here is no part of a graph.
-        """
+        """Look at the outputs of the next step or do not, see `output_every`."""
         # The first step tells little (LoRA starts at zero), but it may be the only one.
         due = self.steps == 0 or self.steps % self.output_every == 1 % self.output_every
         due = due and self._recording and "outputs" in self.needs
@@ -203,9 +204,6 @@ class Recorder:
         for layer in self.layers:
             layer.observer = partial(self._observe, layer) if due else None
         self._watching = due
-        self._stance.close()
-        if due and hasattr(torch.compiler, "set_stance"):
-            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
 
     def _observe(self, layer: Observable, module: Module, delta: Tensor, base: Tensor) -> None:
         # A graph task runs while gradient checkpointing repeats a forward pass that was counted.

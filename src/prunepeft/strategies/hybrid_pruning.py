@@ -28,6 +28,7 @@ from prunepeft.errors import ConfigError
 from prunepeft.evaluate import Scored
 from prunepeft.space import Placement, depth_below
 from prunepeft.strategies.base import Problem, SearchResult, Strategy
+from prunepeft.strategies.rounds import entry, refill
 from prunepeft.strategies.warm_up import WarmUp
 
 MODES = ("hybrid", "no_partitions", "none", "random")  # and single:<criterion>
@@ -92,6 +93,17 @@ class HybridPruning(Strategy):
         if self.cost_aware < 0:
             raise ConfigError(f"search.cost_aware must be 0 or more; got {self.cost_aware}.")
         Settling(self.settle, 1)
+        if self.cost_aware and self.per_round is not None:
+            raise ConfigError(
+                "search.per_round removes so many modules a round, whatever they cost; leave it "
+                "out to let search.cost_aware clear low layers."
+            )
+        for name in ("cost_aware", "settle"):
+            if getattr(self, name) and self.mode in ("none", "random"):
+                raise ConfigError(
+                    f"search.mode={self.mode} trains no rounds, so search.{name} says nothing; "
+                    "leave it out."
+                )
         for value in self.strategy.values():
             for criterion in value:
                 CRITERIA.get(criterion)
@@ -108,8 +120,13 @@ class HybridPruning(Strategy):
         """
         if not problem.train_steps:
             return 1.0
-        steps = ROUNDS_SHARE * problem.train_steps / (self.rounds * problem.fidelity.epochs)
+        rounds = self.most_rounds(len(problem.space))
+        steps = ROUNDS_SHARE * problem.train_steps / (rounds * problem.fidelity.epochs)
         return min(1.0, max(steps, LEAST_STEPS) * problem.batch_size / problem.n_train)
+
+    def most_rounds(self, n_slots: int) -> int:
+        """Rounds at most, of so many modules."""
+        return self.rounds if self.per_round is None else -(-n_slots // self.per_round)
 
     def search(self, problem: Problem) -> SearchResult:
         """See `Strategy.search`. Mode `none` returns the supernet, over budget, as an ablation."""
@@ -195,14 +212,13 @@ class HybridPruning(Strategy):
             graveyard += gone
             before, kept = kept, kept.without(gone)
             if problem.cost(kept) <= problem.limit:
-                kept = problem.space.full().without(
-                    set(graveyard) - self._refill(problem, kept, graveyard)
-                )
-            entry = _entry(problem, number, before, kept, gone)
-            entry |= {"saliency": scored.saliency, "probability": probability}
-            entry |= {"seconds": scored.seconds, "steps": scored.steps, "rows": scored.rows}
-            result.history["rounds"].append(entry)
-            problem.on_event("round", round=number, modules=len(kept), cost=entry["cost_after"])
+                back = refill(problem, kept, graveyard, frees_layers=self.cost_aware > 0)
+                kept = problem.space.full().without(set(graveyard) - back)
+            log = entry(problem, number, before, kept, gone)
+            log |= {"saliency": scored.saliency, "probability": probability}
+            log |= {"seconds": scored.seconds, "steps": scored.steps, "rows": scored.rows}
+            result.history["rounds"].append(log)
+            problem.on_event("round", round=number, modules=len(kept), cost=log["cost_after"])
         return kept
 
     def _score(
@@ -252,42 +268,13 @@ class HybridPruning(Strategy):
             return order
         return free_low_layers(costs, order, problem.limit, **freeing)
 
-    def _refill(self, problem: Problem, kept: Placement, graveyard: Sequence[str]) -> set[str]:
-        """Removed modules that still fit, the last removed first: afterwards none fits.
-
-        Layers that were freed stay free.
-        """
-        costs, depth = problem.slot_costs(), depth_below(problem.space)
-        room = problem.limit - problem.cost(kept)
-        floor = min((depth[i] for i in kept.ids), default=0.0) if self.cost_aware else 0.0
-        back: set[str] = set()
-        for slot_id in reversed(graveyard):
-            if slot_id not in back and costs[slot_id] <= room and depth[slot_id] >= floor:
-                back.add(slot_id)
-                room -= costs[slot_id]
-        return back
-
     def _random(self, problem: Problem, full: Placement, history: dict[str, Any]) -> Placement:
         """Remove in random order, without any training."""
         generator = torch.Generator().manual_seed(derive_seed(problem.seed, "random"))
         order = [full.ids[i] for i in torch.randperm(len(full), generator=generator)]
         gone = prune_to(problem.slot_costs(), order, problem.limit)
         kept = full.without(gone)
-        entry = _entry(problem, 1, full, kept, gone)
-        entry |= {"saliency": {}, "probability": {}, "seconds": 0.0, "steps": 0, "rows": 0}
-        history["rounds"].append(entry)
+        log = entry(problem, 1, full, kept, gone)
+        log |= {"saliency": {}, "probability": {}, "seconds": 0.0, "steps": 0, "rows": 0}
+        history["rounds"].append(log)
         return kept
-
-
-def _entry(
-    problem: Problem, number: int, before: Placement, after: Placement, gone: Sequence[str]
-) -> dict[str, Any]:
-    """What a round changed; `returned` modules went in an earlier round and fit after all."""
-    kept = set(after.ids)
-    return {
-        "round": number,
-        "cost_before": problem.cost(before),
-        "cost_after": problem.cost(after),
-        "removed": [i for i in gone if i not in kept],
-        "returned": [i for i in after.ids if i not in before.ids],
-    }

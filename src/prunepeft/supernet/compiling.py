@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from prunepeft.errors import ConfigError
+from prunepeft.supernet.layer import UnionLayer
 from prunepeft.supernet.prefix import base_of
 
 
@@ -15,7 +17,8 @@ def compiled(net: nn.Module, backend: str) -> Iterator[None]:
     """The forward pass of the base model goes through torch.compile inside, as ever afterwards.
 
     Each placement is another model, so what was compiled for the last one is dropped first: torch
-    would give up after a few. Steps in which outputs are recorded run uncompiled (see `Recorder`).
+    would give up after a few. Forward passes in which outputs are looked at run uncompiled, since
+    what a recorder adds up is no part of a graph.
 
     Args:
         net: The model with modules on it.
@@ -24,7 +27,15 @@ def compiled(net: nn.Module, backend: str) -> Iterator[None]:
     base = base_of(net)
     before = base.__dict__.get("forward")
     torch.compiler.reset()
-    base.forward = torch.compile(base.forward, backend=backend, dynamic=True)
+    plain = base.forward
+    graph = torch.compile(plain, backend=backend, dynamic=True)
+    layers = [m for m in base.modules() if isinstance(m, UnionLayer)]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        is_watched = any(layer.observer is not None for layer in layers)
+        return (plain if is_watched else graph)(*args, **kwargs)
+
+    base.forward = forward
     try:
         yield
     finally:

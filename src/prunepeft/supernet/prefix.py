@@ -102,6 +102,8 @@ class PrefixPlayer:
                 more = [isinstance(extra, Tensor) for extra in output[1:]] if is_tuple else ()
                 self._extras[stack] = tuple(more) if is_tuple else None
                 taken[stack] = output[0] if is_tuple else output
+                if not isinstance(taken[stack], Tensor) or taken[stack].ndim != 3:
+                    raise StateError(f"a block returns a {type(taken[stack]).__name__}")
                 if is_last and self._stops:
                     raise _Enough
 
@@ -114,7 +116,7 @@ class PrefixPlayer:
                 handle.remove()
         if len(taken) < len(self._blocks):
             missing = ", ".join(sorted(self._blocks.keys() - taken.keys()))
-            raise StateError(f"the frozen blocks of the {missing} did not run on this batch.")
+            raise StateError(f"the last frozen block of the {missing} was not called as a module")
         return taken
 
     @contextlib.contextmanager
