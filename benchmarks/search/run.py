@@ -10,6 +10,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,13 @@ class Bench:
         place = self._place(task, TUNED, rate)
         config = self._config(task, TUNED, rate)
         seed = self.suite["tuning_seed"]
-        return self._record(lambda: run_own(config, TUNED, seed, place), rate)
+        return self._record(lambda: run_own(config, TUNED, seed, place), TUNED, rate)
 
     def _own(self, task: str, method: str, seed: int) -> dict[str, Any]:
         rate = self.best_rate(task)
         place, config = self._place(task, method, rate), self._config(task, method, rate)
-        return self._record(lambda: run_own(config, method, seed, place), rate)
+        run = functools.partial(run_own, config, self._method(method), seed, place)
+        return self._record(run, method, rate)
 
     def _equal(self, task: str, method: str, seed: int) -> dict[str, Any]:
         rate = self.best_rate(task)
@@ -92,7 +94,8 @@ class Bench:
             self._cell(cell_name(task, "own", m, seed)) for m in (method, self.suite["reference"])
         )
         place, config = self._place(task, method, rate), self._config(task, method, rate)
-        return self._record(lambda: run_equal(config, own, reference, place), rate)
+        own = replace(own, method=self._method(method))
+        return self._record(lambda: run_equal(config, own, reference, place), method, rate)
 
     def _cell(self, name: str) -> Cell:
         found = self.results.get(name)["result"]
@@ -114,23 +117,32 @@ class Bench:
                 "train.batch_size": suite["batch_size"],
                 "train.lr": rate,
                 "method": method if method in METHODS else "prunepeft",
-                **suite["settings"].get(method, {}),
+                **self._settings(method),
             },
         )
 
     def _common(self, task: str, method: str) -> dict[str, Any]:
         """Everything that all cells of a method on a task depend on."""
-        no = ("tasks", "seeds", "settings", "leave_out", "plain")
+        no = ("tasks", "seeds", "settings", "leave_out", "plain", "variants")
         shared = {k: v for k, v in self.suite.items() if k not in no}
-        own = self.suite["settings"].get(method, {})
+        own = self._settings(method)
         return shared | self.suite["tasks"][task] | {"task": task, "settings": own}
+
+    def _settings(self, method: str) -> dict[str, Any]:
+        """What is set for this row of the table; a variant's name is not that of its method."""
+        variant = self.suite["variants"].get(method)
+        return dict(self.suite["settings"].get(method, {}) if variant is None else variant)
+
+    def _method(self, method: str) -> str:
+        """What runs in this row of the table."""
+        return self._settings(method).get("method", method)
 
     def _place(self, task: str, method: str, rate: float) -> Path:
         """Folder of run folders, another one for other settings."""
         return self.cache / f"{task}-{digest(self._common(task, method) | {'rate': rate})}"
 
-    def _record(self, run: Callable[[], Cell], rate: float) -> dict[str, Any]:
-        """The cell, with its run folder inside the cache, and what the table says about the run.
+    def _record(self, run: Callable[[], Cell], method: str, rate: float) -> dict[str, Any]:
+        """The cell under its name in the table, and what else the table says about the run.
 
         Processor seconds are those of this process, which has one thread: other work on the machine
         hardly changes them. They hold loading and the report as well, and are too few if the run
@@ -140,7 +152,7 @@ class Bench:
         cell = run()
         spent = time.process_time() - began
         place = Path(cell.run).relative_to(self.cache)
-        found: dict[str, Any] = cell.to_dict() | {"lr": rate, "run": str(place)}
+        found: dict[str, Any] = cell.to_dict() | {"method": method, "lr": rate, "run": str(place)}
         found["processor_seconds"] = round(spent, 2)
         if cell.metric is not None:
             result = read_json(RunFolder(cell.run).result_file)
@@ -151,8 +163,8 @@ class Bench:
 
 
 def methods_of(suite: dict[str, Any]) -> Sequence[str]:
-    """The reference, then all registered methods and plain LoRA, less what is left out."""
-    names = (suite["reference"], *METHODS.names(), *suite["plain"])
+    """The reference, its variants, all registered methods and plain LoRA, less what is left out."""
+    names = (suite["reference"], *suite["variants"], *METHODS.names(), *suite["plain"])
     return [m for m in dict.fromkeys(names) if m not in suite["leave_out"]]
 
 

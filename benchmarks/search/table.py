@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
-from benchmarks.search.run import cell_name, methods_of
+from benchmarks.search.run import TUNED, cell_name, methods_of
 from prunepeft.comparison import Cell, make_comparison
 from prunepeft.metrics import METRICS
 
@@ -26,7 +27,9 @@ def search_tables(here: Path = HERE) -> list[str]:
         better = METRICS.get(settings["metric"]).greater_is_better
         compared = make_comparison(cells, suite["reference"], greater_is_better=better)
         for cost, table in compared["tables"].items():
-            lines += [f"### {task}, {TITLES[cost]}: {settings['metric']}", "", *_table(table), ""]
+            work = _work(found, cost) if cost == "own" else None
+            title = f"### {task}, {TITLES[cost]}: {settings['metric']}"
+            lines += [title, "", *_table(table, work), ""]
         known = next(r for r in found if r["metric"] is not None)
         lines += [
             f"Learning rate {known['lr']:g}. {known['n_train']:,} training and "
@@ -53,21 +56,35 @@ def _read(folder: Path, task: str, suite: dict[str, Any]) -> list[dict[str, Any]
     return [json.loads(f.read_text("utf-8"))["result"] for f in files if f.is_file()]
 
 
-def _table(table: dict[str, Any]) -> list[str]:
-    heads = ("method", "metric", "difference", "95% interval", "verdict", "steps")
-    heads += ("search, seconds", "retraining, seconds", "of allowance", "parameters", "seeds")
+def _work(found: list[dict[str, Any]], cost: str) -> dict[str, str]:
+    """Processor time of each method over that of plain LoRA with the same seed, mean."""
+    spent = {(r["method"], r["seed"]): r for r in found if r["cost"] == cost}
+    ratios: dict[str, list[float]] = {}
+    for (method, seed), result in spent.items():
+        plain = spent.get((TUNED, seed), {}).get("processor_seconds")
+        if result["metric"] is not None and plain:
+            ratios.setdefault(method, []).append(result["processor_seconds"] / plain)
+    return {method: f"{fmean(values):.2f}" for method, values in ratios.items()}
+
+
+def _table(table: dict[str, Any], work: dict[str, str] | None) -> list[str]:
+    heads = ["method", "metric", "difference", "95% interval", "verdict", "steps"]
+    heads += ["search, seconds", "retraining, seconds", "of allowance", "parameters", "seeds"]
+    if work is not None:
+        heads[8] = "work"
     return [
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
-        *(_row(row) for row in table["rows"]),
+        *(_row(row, work) for row in table["rows"]),
     ]
 
 
-def _row(row: dict[str, Any]) -> str:
+def _row(row: dict[str, Any], work: dict[str, str] | None) -> str:
     metric, gap = row["metric"], row["difference"] or {}
     if not metric["n"]:
         return f"| {row['method']} |" + " - |" * 3 + f" {row['failed']} runs failed |" + " - |" * 6
     spread = "" if metric["std"] is None else f" ± {metric['std']:.4f}"
+    ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
     cells = (
         row["method"],
         f"{metric['mean']:.4f}{spread}",
@@ -77,7 +94,7 @@ def _row(row: dict[str, Any]) -> str:
         f"{row['search_steps']:,.0f} + {row['train_steps']:,.0f}",
         f"{row['search_seconds']:.0f}",
         f"{row['train_seconds']:.0f}",
-        "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        ratio if work is None else work.get(row["method"], "-"),
         f"{row['parameters']:,.0f}",
         str(metric["n"]) + (f" ({row['failed']} failed)" if row["failed"] else ""),
     )
