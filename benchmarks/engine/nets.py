@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from prunepeft.candidates import LORA_ALL_ROLES, make_space
 from prunepeft.config import TrainSettings
-from prunepeft.prefix_reuse import PrefixReuse
+from prunepeft.prefix.reuse import PrefixReuse
 from prunepeft.progress import SilentProgress
 from prunepeft.sites import find_sites
 from prunepeft.space import Placement

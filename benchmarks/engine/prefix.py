@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.engine.nets import lora_placement, make_model, make_phases, make_rows, union
 from benchmarks.engine.step import paired, summary
-from prunepeft.row_states import skipping
+from prunepeft.prefix.states import skipping
 from prunepeft.supernet import detach
 from prunepeft.training import make_optimizer, make_scheduler
 

@@ -15,7 +15,7 @@ from prunepeft.evaluate import Outcome, Target
 from prunepeft.full_training import first_seed
 from prunepeft.metrics import METRICS
 from prunepeft.plan import Plan, check_device
-from prunepeft.prefix_reuse import PrefixReuse
+from prunepeft.prefix.reuse import PrefixReuse
 from prunepeft.progress import Progress, SilentProgress
 from prunepeft.sharding import shard_base
 from prunepeft.space import Placement

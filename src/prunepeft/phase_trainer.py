@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from prunepeft.criteria.record import Recorder
+from prunepeft.prefix.states import NumberedRows, RowStates, skipping, split_states
 from prunepeft.progress import Progress
-from prunepeft.row_states import NumberedRows, RowStates, skipping, split_states
 from prunepeft.sharding import ShardedArguments, average_gradients, leave_as_is
 from prunepeft.sparse_tuning import SparseTuning
-from prunepeft.supernet.prefix import base_of
+from prunepeft.supernet import base_of
 from prunepeft.tasks.base import IGNORED
 
 

@@ -30,7 +30,7 @@ from prunepeft.criteria.record import Recorder
 from prunepeft.errors import ConfigError, OutOfMemoryError, StateError
 from prunepeft.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from prunepeft.phase_trainer import PhaseCallback, PhaseTrainer
-from prunepeft.prefix_reuse import PrefixReuse
+from prunepeft.prefix.reuse import PrefixReuse
 from prunepeft.progress import Progress
 from prunepeft.sharding import ShardedArguments
 from prunepeft.sparse_tuning import SparseTuning

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import prunepeft
 from prunepeft import find_sites, make_space
-from prunepeft.prefix_reuse import PrefixReuse
+from prunepeft.prefix.reuse import PrefixReuse
 from prunepeft.result import Result
 from tests.tiny_models import make_tiny
 from tests.tiny_tokenizer import tiny_tokenizer

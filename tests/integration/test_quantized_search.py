@@ -18,8 +18,8 @@ from prunepeft.config import load_config
 from prunepeft.errors import ConfigError, MissingExtraError
 from prunepeft.estimates import describe
 from prunepeft.plan import make_plan
+from prunepeft.prefix.maker import StateMaker
 from prunepeft.quantized import BYTES
-from prunepeft.state_maker import StateMaker
 from prunepeft.strategies import METHODS
 from prunepeft.trainer_evaluator import TrainerEvaluator
 from tests.quantized_models import WORDS, save_quantized

@@ -23,9 +23,7 @@ LAYERS = (
     ("tasks", "data", "probes", "evaluate"),
     (
         "batches",
-        "row_states",
-        "state_maker",
-        "prefix_reuse",
+        "prefix",
         "train_state",
         "phase_trainer",
         "training",

@@ -23,13 +23,13 @@ from prunepeft import attach, find_sites, make_space
 from prunepeft.batches import n_steps
 from prunepeft.config import TrainSettings
 from prunepeft.kinds import seeded
-from prunepeft.prefix_reuse import PrefixReuse, describe
+from prunepeft.prefix.maker import StateMaker, rows_digest
+from prunepeft.prefix.player import PrefixPlayer, frozen_prefix
+from prunepeft.prefix.reuse import PrefixReuse, describe
+from prunepeft.prefix.states import KeptStates
 from prunepeft.progress import SilentProgress
-from prunepeft.row_states import KeptStates
 from prunepeft.space import Placement
-from prunepeft.state_maker import StateMaker, rows_digest
 from prunepeft.supernet import detach, trainable_state
-from prunepeft.supernet.prefix import PrefixPlayer, frozen_prefix
 from prunepeft.tasks import Collator
 from prunepeft.training import Phases, make_optimizer, make_scheduler
 from tests.tiny_models import MORE, TINY, VOCAB, make_tiny, tiny_inputs
@@ -535,7 +535,7 @@ def test_half_of_the_disk_is_left_to_the_run(
     n_bytes = 16 * 4 * sum(phases.train["length"])
     free = {"bytes": 2 * n_bytes}
     phases.validation = phases.train.select([*range(len(phases.train)), 0])
-    monkeypatch.setattr("prunepeft.prefix_reuse.disk_free", lambda folder: free["bytes"])
+    monkeypatch.setattr("prunepeft.prefix.reuse.disk_free", lambda folder: free["bytes"])
     with phases.reusing(net, phases.train, 2, "look"):
         assert phases.prefix.of(phases.train) is not None
         assert phases.prefix.of(phases.validation) is None

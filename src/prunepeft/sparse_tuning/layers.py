@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from prunepeft.errors import ConfigError
 from prunepeft.sites import find_layers
+from prunepeft.supernet import base_of
 from prunepeft.supernet.layer import UnionLayer
 
 
@@ -42,7 +42,7 @@ def peft_layers(model: nn.Module) -> tuple[PeftLayer, ...]:
     Raises:
         ConfigError: if no layer carries any.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     names = {path: f"{stack}.{number}" for path, (stack, number) in find_layers(base).items()}
     modules: dict[str, list[nn.Module]] = {}
     parameters: dict[str, dict[int, nn.Parameter]] = {}

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from prunepeft.errors import SiteError
@@ -111,11 +110,6 @@ def find_groups(model: nn.Module) -> tuple[Group, ...]:
             f"{', '.join(FAMILIES)}. Use one of these, or a method that leaves the base whole."
         )
     return groups
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The model that paths of groups refer to: a peft model's base, else the model itself."""
-    return model.base_model.model if isinstance(model, PeftModel) else model
 
 
 def _group(modules: Modules, sites: Sequence[Site]) -> Group | None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from prunepeft.structured.cut import Cut, check_cut
-from prunepeft.structured.groups import Group, plain_model
+from prunepeft.structured.groups import Group
+from prunepeft.supernet import base_of
 
 
 class Masks(nn.Module):
@@ -35,7 +36,7 @@ class Masks(nn.Module):
         self.groups = tuple(groups)
         self.values = nn.ParameterDict()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        base = plain_model(model)
+        base = base_of(model)
         for group in self.groups:
             writers = [(p, base.get_submodule(p.path)) for p in group.parts if p.side == "in"]
             device = next(writers[0][1].parameters()).device

@@ -8,10 +8,10 @@ from transformers import PreTrainedConfig
 
 from prunepeft.errors import StateError
 from prunepeft.structured.cut import Cut, check_cut
-from prunepeft.structured.groups import BIAS_TABLE, Group, plain_model
+from prunepeft.structured.groups import BIAS_TABLE, Group
 from prunepeft.structured.masks import is_masked
 from prunepeft.structured.widths import express
-from prunepeft.supernet import cutting
+from prunepeft.supernet import base_of, cutting
 from prunepeft.supernet.layer import UnionLayer
 from prunepeft.supernet.slicing import check_sliceable, slice_layer
 
@@ -41,7 +41,7 @@ def apply_cut(model: nn.Module, groups: Sequence[Group], cut: Cut) -> None:
         StateError: if masks are on the model, or it was cut already.
     """
     check_cut(groups, cut)
-    base = plain_model(model)
+    base = base_of(model)
     touched = [g for g in groups if len(cut.keep.get(g.id, range(g.n_units))) < g.n_units]
     kept = _kept_features(touched, cut)
     layers = {path: base.get_submodule(path) for path in kept}

@@ -2,6 +2,7 @@
 
 from prunepeft.supernet.attach import (
     attach,
+    base_of,
     detach,
     gate_slots,
     load_trainable_state,
@@ -20,6 +21,7 @@ __all__ = [
     "UnionConfig",
     "UnionModel",
     "attach",
+    "base_of",
     "detach",
     "gate_slots",
     "load_trainable_state",

@@ -56,6 +56,11 @@ def attach(
     return net
 
 
+def base_of(net: nn.Module) -> nn.Module:
+    """The base model under the modules, if there are any."""
+    return net.get_base_model() if isinstance(net, PeftModel) else net
+
+
 def detach(net: PeftModel) -> nn.Module:
     """Take every module off and return the base model as it was before `attach`, head included."""
     base = net.base_model.model

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from prunepeft.errors import ConfigError
+from prunepeft.supernet.attach import base_of
 from prunepeft.supernet.layer import UnionLayer
-from prunepeft.supernet.prefix import base_of
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from prunepeft.errors import ConfigError, StateError
 from prunepeft.kinds.base import STAGES
 from prunepeft.sites import linear_dims
 from prunepeft.space import Placement, Slot
-from prunepeft.supernet.attach import unwrap
+from prunepeft.supernet.attach import base_of, unwrap
 from prunepeft.supernet.folding import Module, drop, modules_of, restart, set_frozen, with_nearer
 from prunepeft.supernet.layer import Branch, UnionLayer
 from prunepeft.supernet.slicing import check_sliceable, slice_layer
@@ -35,7 +35,7 @@ def check_cut(model: nn.Module, cuts: Mapping[str, Kept]) -> None:
             cut nor folded.
         StateError: if modules are merged, or one that has to be folded has a gate.
     """
-    base = model.base_model.model if isinstance(model, PeftModel) else model
+    base = base_of(model)
     stuck: dict[str, list[str]] = {}
     for path, (rows, cols) in cuts.items():
         layer = base.get_submodule(path)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from prunepeft.errors import StateError
 from prunepeft.processes import is_cut
 from prunepeft.sites import find_layers
+from prunepeft.supernet import base_of
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,6 @@ def frozen_prefix(net: nn.Module) -> tuple[FrozenStack, ...]:
         if n < len(paths):
             break
     return tuple(found)
-
-
-def base_of(net: nn.Module) -> nn.Module:
-    """The base model under the modules, if there are any."""
-    return net.get_base_model() if isinstance(net, PeftModel) else net
 
 
 class PrefixPlayer:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunepeft.supernet.prefix import PrefixPlayer
+from prunepeft.prefix.player import PrefixPlayer
 
 KEY = "prefix_states."  # and the name of the stack: in a batch, beside the model's inputs
 _ROW = "row"

@@ -20,13 +20,14 @@ from torch import nn
 
 from prunepeft.errors import DiskError
 from prunepeft.memory import is_out_of_memory
+from prunepeft.prefix.maker import StateMaker
+from prunepeft.prefix.player import frozen_prefix
+from prunepeft.prefix.states import KeptStates, RowStates
 from prunepeft.processes import share
-from prunepeft.row_states import KeptStates, RowStates
 from prunepeft.sites import find_layers
 from prunepeft.sparse_tuning.layers import evaluating
 from prunepeft.state import disk_free
-from prunepeft.state_maker import StateMaker
-from prunepeft.supernet.prefix import base_of, frozen_prefix
+from prunepeft.supernet import base_of
 
 if TYPE_CHECKING:
     from prunepeft.training import Phases

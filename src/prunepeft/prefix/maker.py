@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunepeft.errors import StateError
+from prunepeft.prefix.player import FrozenStack, PrefixPlayer
+from prunepeft.prefix.states import KeptStates, tokens_of
 from prunepeft.processes import on_main, own_part, share
-from prunepeft.row_states import KeptStates, tokens_of
 from prunepeft.state import canonical_json, map_tensor, mapped_file
+from prunepeft.supernet import base_of
 from prunepeft.supernet.base_digest import tensors_digest
-from prunepeft.supernet.prefix import FrozenStack, PrefixPlayer, base_of
 
 Collator = Callable[[list[dict]], Mapping[str, Tensor]]
 # Largest difference of an output, over its largest value: rounding, not another function.
