@@ -47,10 +47,10 @@ class Bench:
         self.cache, self.results = cache, results
 
     def experiments(self) -> list[Experiment]:
-        """All at their own cost first, then at equal compute; seed by seed, task by task."""
+        """Task by task, all at their own cost first, then at equal compute; seed by seed."""
         found = [self._tuning(t, r) for t in self.suite["tasks"] for r in self.suite["rates"]]
-        for cost, seed, task in itertools.product(
-            ("own", "equal"), self.suite["seeds"], self.suite["tasks"]
+        for task, cost, seed in itertools.product(
+            self.suite["tasks"], ("own", "equal"), self.suite["seeds"]
         ):
             tuning = tuple(tuning_name(task, rate) for rate in self.suite["rates"])
             for method in methods_of(self.suite):

@@ -9,6 +9,7 @@ import argparse
 import tempfile
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,30 @@ class Bench:
         self.model, self.data, self.results = model, data, results
 
     def experiments(self) -> list[Experiment]:
-        """Rates first, then seed by seed all methods on all tasks, then the reference."""
+        """Rates first, then what decides, seed by seed, then the reference, then the variants."""
         found = []
         for task in SUITE["tasks"]:
             for rate in SUITE["rates"]:
                 run = partial(self.peft, task, SUITE["tuning_seed"], rate)
                 config = self._common(task, "peft") | {"rate": rate}
                 found.append(Experiment(_tuning(task, rate), config, run))
-        for seed in SUITE["seeds"]:
-            for task in SUITE["tasks"]:
-                needs = tuple(_tuning(task, rate) for rate in SUITE["rates"])
-                for method in (*PLAIN, *SUITE["methods"]):
-                    config = self._common(task, method) | {"seed": seed, "method": method}
-                    run = partial(self.cell, task, method, seed)
-                    found.append(Experiment(f"{task}/{method}-seed{seed}", config, run, needs))
-        for task in SUITE["tasks"]:
+        seeds, tasks, methods = SUITE["seeds"], SUITE["tasks"], (*PLAIN, *SUITE["methods"])
+        deciding = [m for m in methods if m in (*PLAIN, "prunepeft")]
+        variants = [m for m in methods if m not in deciding]
+        found += [self._cell(*case) for case in product(seeds, tasks, deciding)]
+        for task in tasks:
             config = self._common(task, "reference") | SUITE["reference"]
-            needs = (f"{task}/prunepeft-seed{SUITE['seeds'][0]}",)
             run = partial(self.reference, task)
+            needs = (f"{task}/prunepeft-seed{seeds[0]}",)
             found.append(Experiment(f"{task}/reference", config, run, needs))
+        found += [self._cell(*case) for case in product(seeds, tasks, variants)]
         return found
+
+    def _cell(self, seed: int, task: str, method: str) -> Experiment:
+        needs = tuple(_tuning(task, rate) for rate in SUITE["rates"])
+        config = self._common(task, method) | {"seed": seed, "method": method}
+        run = partial(self.cell, task, method, seed)
+        return Experiment(f"{task}/{method}-seed{seed}", config, run, needs)
 
     def cell(self, task: str, method: str, seed: int) -> dict[str, Any]:
         """One method with one seed at the best rate of plain LoRA."""
