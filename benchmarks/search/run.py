@@ -53,7 +53,7 @@ class Bench:
             self.suite["tasks"], ("own", "equal"), self.suite["seeds"]
         ):
             tuning = tuple(tuning_name(task, rate) for rate in self.suite["rates"])
-            for method in methods_of(self.suite):
+            for method in methods_of(self.suite, cost):
                 others = [
                     cell_name(task, "own", m, seed) for m in (method, self.suite["reference"])
                 ]
@@ -162,9 +162,13 @@ class Bench:
         return found
 
 
-def methods_of(suite: dict[str, Any]) -> Sequence[str]:
-    """The reference, its variants, all registered methods and plain LoRA, less what is left out."""
-    names = (suite["reference"], *suite["variants"], *METHODS.names(), *suite["plain"])
+def methods_of(suite: dict[str, Any], cost: str = "own") -> Sequence[str]:
+    """The reference, its variants, all registered methods and plain LoRA, less what is left out.
+
+    Variants have their own cost alone: at equal compute they are the reference again.
+    """
+    variants = suite["variants"] if cost == "own" else ()
+    names = (suite["reference"], *variants, *METHODS.names(), *suite["plain"])
     return [m for m in dict.fromkeys(names) if m not in suite["leave_out"]]
 
 
