@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.harness import Experiment, Results, run_all
 from benchmarks.sparse_tuning import quality as sparse
 from prunepeft import shipping
-from prunepeft.compare_settings import folder_of
+from prunepeft.compare.settings import folder_of
 from prunepeft.compression import Settings, compress_adapter, decompress_adapter, merge_adapters
 from prunepeft.compression.folder import adapter_path, read_adapter_folder
 from prunepeft.compression.starts import is_head

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from prunepeft.batches import batch_indices
+from prunepeft.batches import batch_indices, judged_batches
 from prunepeft.config import load_config
 from prunepeft.plan import make_plan
 
@@ -25,9 +25,7 @@ def measure(model: str, data: Path, task: str, suite: dict[str, Any]) -> dict[st
         ours.append(waste(train, batch_indices(train, batch, 1, seed)))
         order = random.Random(seed).sample(range(len(train)), len(train))
         shuffled.append(waste(train, [order[i : i + batch] for i in range(0, len(order), batch)]))
-    by_length = sorted(range(len(lengths["validation"])), key=lambda i: lengths["validation"][i])
-    size = suite["eval_batch"]
-    groups = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+    groups = judged_batches(lengths["validation"], suite["eval_batch"])
     return {
         "rows": len(train),
         "mean_length": statistics.mean(train),

@@ -35,8 +35,7 @@ from prunepeft.state import Journal
 from prunepeft.strategies import HybridPruning, Problem
 from prunepeft.supernet import attach
 from prunepeft.tasks import Collator
-from prunepeft.trainer_evaluator import TrainerEvaluator
-from prunepeft.training import Phases
+from prunepeft.training import Phases, TrainerEvaluator
 
 HERE = Path(__file__).parent
 SUITE = yaml.safe_load((HERE / "suite.yaml").read_text("utf-8"))

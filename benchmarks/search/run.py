@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from benchmarks.harness import Experiment, Results, digest, run_all
-from prunepeft.compare_cells import run_equal, run_own
-from prunepeft.comparison import Cell
+from prunepeft.compare import Cell
+from prunepeft.compare.cells import run_equal, run_own
 from prunepeft.config import RunConfig, load_config
 from prunepeft.state import RunFolder, read_json
 from prunepeft.strategies import METHODS

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from benchmarks.search.run import TUNED, cell_name, methods_of
-from prunepeft.comparison import Cell, make_comparison
+from prunepeft.compare import Cell, make_comparison
 from prunepeft.metrics import METRICS
 
 HERE = Path(__file__).parent

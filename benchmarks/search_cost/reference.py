@@ -68,8 +68,8 @@ class Reference:
         left = list(self.every)
         per_round = -(-(len(left) - keep) // self.own["rounds"])
         for _ in range(self.own["rounds"]):
-            record = self._train(left, self.rows, 1)
-            order = self._order(record, left, chosen)
+            # What a round keeps takes gigabytes; it must be gone before the next begins.
+            order = self._order(self._train(left, self.rows, 1), left, chosen)
             left = [m for m in left if m not in order[: min(per_round, len(left) - keep)]]
         return {
             "seconds": time.process_time() - began,

@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.harness import Experiment, Results, digest, run_all
 from benchmarks.sparse_tuning.prepared import prepare
-from prunepeft.compare_cells import run_own
+from prunepeft.compare.cells import run_own
 from prunepeft.config import RunConfig, load_config
 from prunepeft.metrics import METRICS
 from prunepeft.state import RunFolder, read_json

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from prunepeft._version import __version__
 from prunepeft.errors import ConfigError
 from prunepeft.evaluate import Outcome, Target
-from prunepeft.full_training import first_seed
 from prunepeft.metrics import METRICS
 from prunepeft.plan import Plan, check_device
 from prunepeft.prefix.reuse import PrefixReuse
@@ -23,9 +22,9 @@ from prunepeft.state import RunFolder
 from prunepeft.supernet import detach
 from prunepeft.supernet.compiling import check_backend
 from prunepeft.tasks.packing import ROWS_CHECKED, check_packing
-from prunepeft.trainer_evaluator import TrainerEvaluator
-from prunepeft.training import Phases
-from prunepeft.trial_cache import TrialCache
+from prunepeft.training import Phases, TrainerEvaluator
+from prunepeft.training.full import first_seed
+from prunepeft.training.trial_cache import TrialCache
 
 
 class Engine:

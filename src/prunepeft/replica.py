@@ -7,7 +7,7 @@ from prunepeft.engine import Engine
 from prunepeft.plan import make_plan
 from prunepeft.shrinking import shrink_base
 from prunepeft.state import RunFolder
-from prunepeft.trainer_evaluator import TrainerEvaluator
+from prunepeft.training import TrainerEvaluator
 
 
 def make_replica(config: RunConfig, folder: Path) -> TrainerEvaluator:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prunepeft.config import RunConfig
 from prunepeft.replica import make_replica
-from prunepeft.trainer_evaluator import TrainerEvaluator
+from prunepeft.training import TrainerEvaluator
 
 
 def deadly(marker: Path) -> partial:

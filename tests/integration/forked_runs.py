@@ -26,7 +26,7 @@ SETTINGS = (
     "search.criteria=snip,minimum_weight,activation",
 )
 # One phase is an epoch: of a warm-up run, of a round, or of the training.
-PHASE = "prunepeft.training:Phases._run"
+PHASE = "prunepeft.training.phases:Phases._run"
 
 
 def count(call: str = PHASE, match: str = "") -> dict[str, Any]:

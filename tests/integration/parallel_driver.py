@@ -127,7 +127,7 @@ def searches(model: str, data: str, out: Path) -> None:
 
 def search_and_fail(model: str, data: str, out: Path) -> None:
     """A search in which one process that is not the main one breaks down in training."""
-    from prunepeft.phase_trainer import PhaseTrainer
+    from prunepeft.training.phase_trainer import PhaseTrainer
 
     original = PhaseTrainer.compute_loss
 

@@ -15,8 +15,8 @@ from prunepeft import run
 from prunepeft.backends.processes import Processes
 from prunepeft.config import load_config
 from prunepeft.errors import ConfigError, DataError
-from prunepeft.phase_trainer import PhaseCallback
 from prunepeft.plan import make_plan
+from prunepeft.training.phase_trainer import PhaseCallback
 from tests.integration.deadly_replica import deadly
 from tests.tiny_tokenizer import save_tiny_model
 

@@ -16,7 +16,7 @@ from prunepeft.errors import DataError, OutOfMemoryError
 from prunepeft.kinds import cost
 from prunepeft.space import Placement
 from prunepeft.strategies import AutoPeft, Evolution, Problem, RandomSearch, SuccessiveHalving
-from prunepeft.trainer_evaluator import TrainerEvaluator
+from prunepeft.training import TrainerEvaluator
 from tests.integration.test_planted import make_world
 from tests.tiny_tokenizer import save_tiny_model
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from prunepeft import compare_cells, run
-from prunepeft.compare import compare, compare_runs
-from prunepeft.compare_settings import cell_config, with_settings
-from prunepeft.comparison import Cell
+from prunepeft import run
+from prunepeft.compare import Cell, compare, compare_runs
+from prunepeft.compare.cells import other_length, run_equal
+from prunepeft.compare.settings import cell_config, with_settings
 from prunepeft.config import load_config
 from prunepeft.errors import ConfigError, DataError, LockedError, StateError, UnknownNameError
 from prunepeft.estimates import planned_steps
@@ -236,14 +236,14 @@ def test_a_method_over_the_allowance_searches_on_fewer_rows(place, finished):
     base = cell_config(config, "prunepeft", 0, place / "cmp")
     for steps, fidelity in ((9, None), (8, 32 / 54), (7, 32 / 54), (5, 16 / 54)):
         reference = Cell("other", "own", 0, metric=0.5, train_steps=steps)
-        settings, note = compare_cells.other_length(base, own, reference)
+        settings, note = other_length(base, own, reference)
         if fidelity is None:
             assert settings is None
             assert "stands" in note
         else:
             assert settings == {"search": {"fidelity": pytest.approx(fidelity)}}
     reference = Cell("other", "own", 0, metric=0.5, train_steps=4)
-    settings, note = compare_cells.other_length(base, own, reference)
+    settings, note = other_length(base, own, reference)
     assert settings is None
     assert "over by 2.2x" in note
 
@@ -252,10 +252,10 @@ def test_weights_of_the_search_are_not_lost_at_equal_cost(place, finished):
     own = cells_of(finished[1])["prunepeft", "own", 0]
     reference = Cell("other", "own", 0, metric=0.5, train_steps=99)
     base = cell_config(config_of(place), "prunepeft", 0, place / "cmp")
-    settings, _ = compare_cells.other_length(base, own, reference)
+    settings, _ = other_length(base, own, reference)
     assert settings["train"] == {"epochs": 31}
     assert settings["arch"] == f"{own.run}/best/arch.json"
-    settings, _ = compare_cells.other_length(base, replace(own, continues=True), reference)
+    settings, _ = other_length(base, replace(own, continues=True), reference)
     assert "arch" not in settings
 
 
@@ -265,7 +265,7 @@ def test_a_search_that_is_repeated_does_not_grow_with_its_training(place, finish
     reference = Cell("other", "own", 0, metric=0.5, train_steps=2000)
     free = {"base_ratio": 0.2, "search.warmup": True, "train.epochs": 20}
     base = cell_config(config_of(place, **free), "prunepeft", 0, place / "cmp")
-    settings, _ = compare_cells.other_length(base, replace(own, search_steps=200), reference)
+    settings, _ = other_length(base, replace(own, search_steps=200), reference)
     assert settings["train"]["epochs"] > 400
     before, longer = make_plan(base), make_plan(with_settings(base, settings))
     grown = make_plan(with_settings(base, {"train": settings["train"]}))
@@ -275,7 +275,7 @@ def test_a_search_that_is_repeated_does_not_grow_with_its_training(place, finish
 def test_a_reference_that_failed_leaves_no_allowance(place):
     failed = Cell("prunepeft", "own", 0, error="DataError: broken")
     own = Cell("random", "own", 0, metric=0.5)
-    cell = compare_cells.run_equal(config_of(place), own, failed, place / "cmp")
+    cell = run_equal(config_of(place), own, failed, place / "cmp")
     assert cell.metric is None
     assert "the reference prunepeft failed" in cell.error
 

@@ -101,7 +101,7 @@ def test_a_disk_that_is_full_at_one_write(server, whole, tmp_path, number):
         at("os:replace", 1, "disk full", match="arch.json"),
         at("os:rename", 1, "disk full", match="adapter"),
         at("os:write", 1, "disk full", match="report.html"),
-        at("prunepeft.resumable:Resumable.save", 1, "limit files"),
+        at("prunepeft.training.resumable:Resumable.save", 1, "limit files"),
         at("peft:PeftModel.save_pretrained", 1, "limit files"),
     ],
     ids=["fsync", "rename", "adapter", "report", "file size", "file size in a library"],

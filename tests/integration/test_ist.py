@@ -340,7 +340,7 @@ def test_the_command_trains_with_ist_and_says_what_layers_are_worth(place, tmp_p
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_a_killed_run_goes_on_exactly(place, tmp_path, monkeypatch):
-    from prunepeft.resumable import Resumable
+    from prunepeft.training.resumable import Resumable
 
     expected = train(place, tmp_path / "whole", train__gradient_checkpointing=True)
     real = Resumable.save

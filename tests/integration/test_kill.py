@@ -42,7 +42,7 @@ POINTS = {
     "mid-prune": at("prunepeft.strategies.hybrid_pruning:hybrid_probability", when="after"),
     "weights renamed, entry not written": at("os:replace", 1, ".safetensors", "after"),
     "training state renamed": at("os:replace", 1, "/state/train-", "after"),
-    "training kept, its state not cleared": at("prunepeft.resumable:Resumable.clear"),
+    "training kept, its state not cleared": at("prunepeft.training.resumable:Resumable.clear"),
     "mid-evaluation": at("transformers:Trainer.prediction_step", 2),
     "adapter half written": at("peft.peft_model:safe_save_file", when="after"),
     "adapter written, not renamed": at("os:rename", match="adapter"),
@@ -141,7 +141,7 @@ def test_killed_again_and_again(server, uninterrupted, tmp_path):
     """Every life gets one epoch further, so a run ends however often it is killed."""
     expected, phases, _ = uninterrupted[()]
     for life in range(phases):
-        fault = at("prunepeft.training:Phases._run", 2)
+        fault = at("prunepeft.training.phases:Phases._run", 2)
         killed = server.search(tmp_path / "run", faults=(fault,))
         if killed.code == 0:
             break

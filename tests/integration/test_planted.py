@@ -16,14 +16,14 @@ from torch import nn
 from prunepeft.budget import Fidelity
 from prunepeft.candidates import make_space
 from prunepeft.config import TrainSettings
+from prunepeft.evaluate import Target
 from prunepeft.progress import SilentProgress
 from prunepeft.sites import find_sites
 from prunepeft.space import SearchSpace
 from prunepeft.state import Journal
 from prunepeft.strategies import HybridPruning, Problem, SearchResult
 from prunepeft.tasks import Collator
-from prunepeft.trainer_evaluator import Target, TrainerEvaluator
-from prunepeft.training import Phases
+from prunepeft.training import Phases, TrainerEvaluator
 from tests.tiny_models import TINY
 
 LAYERS, SEEDS = 4, (0, 1, 2)

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from prunepeft import trainer_evaluator
-from prunepeft.brief_training import train_briefly
 from prunepeft.budget import Fidelity
 from prunepeft.strategies import Bipeft, Problem, S3Delta, SearchResult, SMam, Strategy
+from prunepeft.training.brief import train_briefly
 from tests.integration.test_planted import TWO_PER_LAYER, make_world
 
 METHODS = {
@@ -54,7 +53,7 @@ def stopping(patch: pytest.MonkeyPatch, after: int) -> None:
             raise KeyboardInterrupt
         return train_briefly(*args)
 
-    patch.setattr(trainer_evaluator, "train_briefly", watched)
+    patch.setattr("prunepeft.training.evaluator.train_briefly", watched)
 
 
 @pytest.mark.parametrize("method", [SMam(rounds=2), S3Delta(), Bipeft()], ids=lambda m: m.name)

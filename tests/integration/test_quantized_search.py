@@ -21,7 +21,7 @@ from prunepeft.plan import make_plan
 from prunepeft.prefix.maker import StateMaker
 from prunepeft.quantized import BYTES
 from prunepeft.strategies import METHODS
-from prunepeft.trainer_evaluator import TrainerEvaluator
+from prunepeft.training import TrainerEvaluator
 from tests.quantized_models import WORDS, save_quantized
 from tests.tiny_tokenizer import save_tiny_model, tiny_tokenizer
 

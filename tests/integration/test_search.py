@@ -25,7 +25,7 @@ from prunepeft.criteria import PAPER_CRITERIA
 from prunepeft.errors import BudgetError, ConfigError
 from prunepeft.kinds import cost
 from prunepeft.result import Result, load_result
-from prunepeft.trainer_evaluator import TrainerEvaluator
+from prunepeft.training import TrainerEvaluator
 from tests.tiny_tokenizer import save_tiny_model
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import prunepeft
-from prunepeft import run, trainer_evaluator
+from prunepeft import run
 from prunepeft.base_plan import plan_groups
 from prunepeft.config import BASE_METHOD_NAMES, load_config
 from prunepeft.config.yaml_text import read_yaml
@@ -102,7 +102,7 @@ def test_light_peft_leaves_kept_weights_alone_and_loraprune_merges(world):
 def test_a_finished_or_killed_prune_base_repeats_nothing(world, monkeypatch):
     folder = prune_texts(world, "again", method="loraprune")
     before = (folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr(trainer_evaluator, "train_briefly", None)
+    monkeypatch.setattr("prunepeft.training.evaluator.train_briefly", None)
     assert prune_texts(world, "again", method="loraprune") == folder
     (folder.parent / "result.json").unlink()
     assert prune_texts(world, "again", method="loraprune") == folder

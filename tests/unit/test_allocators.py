@@ -19,7 +19,6 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from prunepeft import calibration
 from prunepeft.batches import derive_seed
 from prunepeft.budget import Fidelity
 from prunepeft.candidates import make_space
@@ -52,8 +51,7 @@ from prunepeft.strategies.make import make_strategy
 from prunepeft.strategies.module_choice import ModuleChoice
 from prunepeft.supernet import attach, detach
 from prunepeft.tasks import Collator
-from prunepeft.trainer_evaluator import TrainerEvaluator
-from prunepeft.training import Phases
+from prunepeft.training import Phases, TrainerEvaluator, calibration
 from tests.tiny_models import TINY
 
 ALL = (Eva(), GoRa(), Fisher(), LoraDrop(), KappaTune(), AdaLora())

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from prunepeft.comparison import Cell, make_comparison, mean_line
-from prunepeft.paired_tests import Paired, holm, paired, signed_rank, summary, verdict
+from prunepeft.compare.comparison import Cell, make_comparison, mean_line
+from prunepeft.compare.paired_tests import Paired, holm, paired, signed_rank, summary, verdict
 
 
 def cell(method, seed, metric, cost="own", **more):

@@ -40,7 +40,7 @@ from prunepeft.supernet import attach, detach, slot_parameters
 from prunepeft.supernet.export import export_adapter
 from prunepeft.tasks import TASKS, open_quantized
 from prunepeft.tasks.quantized_opening import Opening, make_opening
-from prunepeft.trial_cache import TrialCache
+from prunepeft.training.trial_cache import TrialCache
 from tests.quantized_models import (
     HEADS,
     WORDS,

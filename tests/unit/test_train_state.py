@@ -10,7 +10,12 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from prunepeft.errors import CheckpointError, DiskError, StateError
 from prunepeft.state import write_tensors
-from prunepeft.train_state import load_train_state, rng_state, save_train_state, set_rng_state
+from prunepeft.training.train_state import (
+    load_train_state,
+    rng_state,
+    save_train_state,
+    set_rng_state,
+)
 from tests.disk_faults import failing_call
 
 

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from prunepeft.batches import batch_indices, derive_seed, n_steps
+from prunepeft.batches import batch_indices, derive_seed, judged_batches, n_steps
 from prunepeft.candidates import make_space
 from prunepeft.config import TrainSettings
 from prunepeft.criteria.record import Recorder
 from prunepeft.errors import ConfigError, OutOfMemoryError, StateError
-from prunepeft.phase_trainer import PhaseTrainer
 from prunepeft.progress import SilentProgress
 from prunepeft.sites import find_sites
 from prunepeft.supernet import attach, slot_parameters, trainable_state
 from prunepeft.tasks import Collator
 from prunepeft.training import PhaseLog, Phases, make_optimizer, make_scheduler
+from prunepeft.training.phase_trainer import PhaseTrainer
 from tests.tiny_models import TINY, VOCAB
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=150)
@@ -62,6 +62,32 @@ def test_seeds_change_the_order_and_rows_of_like_length_go_together():
     assert batch_indices(lengths, 8, 1, 0) != batch_indices(lengths, 8, 1, 1)
     taken = [[lengths[i] for i in batch] for batch in batch_indices(lengths, 8, 1, 0)]
     assert max(max(batch) - min(batch) for batch in taken) <= 2
+
+
+@given(LENGTHS, st.integers(1, 40))
+def test_an_evaluation_reads_every_row_once_and_hardly_any_padding(lengths, most):
+    found = judged_batches(lengths, most)
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    for batch in found:
+        tokens = len(batch) * max(lengths[i] for i in batch)
+        assert 0 < len(batch) <= most
+        assert tokens - sum(lengths[i] for i in batch) <= max(0.05 * tokens, 64)
+    widths = [max(lengths[i] for i in batch) for batch in found]
+    assert widths == sorted(widths)
+
+
+@given(LENGTHS, st.integers(1, 40), st.integers(2, 4))
+def test_processes_share_an_evaluation_in_batches_of_one_size(lengths, most, processes):
+    found = judged_batches(lengths, most, processes)
+    assert [i for batch in found for i in batch] == list(range(len(lengths)))
+    assert {len(batch) for batch in found[:-1]} <= {most}
+    assert 0 < len(found[-1]) <= most
+
+
+def test_an_evaluation_is_cut_at_its_size_or_where_padding_would_be_too_much():
+    assert [len(batch) for batch in judged_batches([7] * 150, 64)] == [64, 64, 22]
+    assert judged_batches([100, 36, 101, 37], 64) == [[1, 3], [0, 2]]
+    assert judged_batches([100, 36], 64) == [[1, 0]]  # not worth a pass of its own
 
 
 def test_derived_seeds_differ_and_stay():
@@ -220,11 +246,13 @@ def test_batch_normalisation_of_the_frozen_base_keeps_its_statistics():
     assert_close(dict(norm.named_buffers()), before, rtol=0, atol=0)
 
 
-def test_the_validation_loss_is_the_mean_over_rows():
-    net, rows = make_net().eval(), make_rows(n=10)
+@pytest.mark.parametrize("length", [7, None])
+def test_the_validation_loss_is_the_mean_over_rows(length):
+    net, rows = make_net().eval(), make_rows(n=10, length=length)
     losses = [net(**Collator(0)([row])).loss.item() for row in rows]
-    found = make_phases(rows, eval_batch_size=4).evaluate(net)["loss"]
-    assert found == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    found = make_phases(rows, eval_batch_size=4).evaluate(net)
+    assert found["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert found["size"] == 10
 
 
 def test_a_loss_that_is_not_finite_stops_the_phase():

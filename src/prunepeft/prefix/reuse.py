@@ -122,14 +122,11 @@ class PrefixReuse:
         total = 0
         tokens = maker.tokens(rows)
         by_length = sorted(range(len(rows)), key=lambda i: (-tokens[i], i))
+        size = phases.micro_batch
+        together = [by_length[i : i + size] for i in range(0, len(rows), size)]
         # Rows of validation go together as in an evaluation without states, to the same numbers.
-        in_order = range(len(phases.validation))
-        parts = (
-            (rows, by_length, phases.micro_batch),
-            (phases.validation, in_order, phases.eval_batch),
-        )
-        for part, order, size in parts:
-            batches = [order[i : i + size] for i in range(0, len(order), size)]
+        judged = phases.judged_batches(phases.validation)
+        for part, batches in ((rows, together), (phases.validation, judged)):
             kept = self._states(maker, part, batches, total, phases, name)
             if kept is None:
                 break

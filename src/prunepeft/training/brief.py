@@ -15,7 +15,7 @@ from prunepeft.budget import Fidelity
 from prunepeft.data import subset
 from prunepeft.errors import OutOfMemoryError, PrunePeftError, StateError
 from prunepeft.evaluate import Target, Watcher
-from prunepeft.training import PhaseLog, Phases, make_optimizer, make_scheduler
+from prunepeft.training.phases import PhaseLog, Phases, make_optimizer, make_scheduler
 
 logger = logging.getLogger(__name__)
 

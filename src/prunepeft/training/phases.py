@@ -24,18 +24,19 @@ from torch import nn
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
-from prunepeft.batches import batch_indices
+from prunepeft.batches import batch_indices, judged_batches
 from prunepeft.config import TrainSettings
 from prunepeft.criteria.record import Recorder
 from prunepeft.errors import ConfigError, OutOfMemoryError, StateError
 from prunepeft.memory import is_out_of_memory, peak_memory, reset_peak_memory
-from prunepeft.phase_trainer import PhaseCallback, PhaseTrainer
 from prunepeft.prefix.reuse import PrefixReuse
+from prunepeft.processes import n_processes
 from prunepeft.progress import Progress
 from prunepeft.sharding import ShardedArguments
 from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.supernet import slot_parameters
 from prunepeft.supernet.compiling import compiled
+from prunepeft.training.phase_trainer import PhaseCallback, PhaseTrainer, checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,10 @@ class Phases:
     def eval_batch(self) -> int:
         """Rows of a forward pass of evaluation in one process."""
         return max(1, self.settings.eval_batch_size // self.eval_pieces)
+
+    def judged_batches(self, rows: Dataset) -> list[list[int]]:
+        """Rows of each forward pass of an evaluation."""
+        return judged_batches(rows["length"], self.eval_batch, n_processes())
 
     def reusing(
         self, net: nn.Module, rows: Dataset, epochs: int, name: str
@@ -227,8 +232,10 @@ class Phases:
     ) -> PhaseTrainer:
         args = self.arguments(seed)
         args.ddp_find_unused_parameters = isinstance(recorder, SparseTuning)
-        batches, pieces = [], 1
-        if rows is not None:
+        pieces = 1
+        if rows is None:
+            batches = self.judged_batches(judged)
+        else:
             pieces = self._cuts(min(self.settings.batch_size, len(rows)), args.world_size)
             args.gradient_accumulation_steps = pieces // args.world_size
             batches = batch_indices(rows["length"], self.settings.batch_size, pieces, seed)
@@ -275,7 +282,7 @@ class Phases:
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
-            **_checkpointing(self.settings.gradient_checkpointing),
+            **checkpointing(self.settings.gradient_checkpointing),
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         args._n_gpu = min(args.n_gpu, 1)  # one process a device; DataParallel would copy modules
@@ -285,15 +292,3 @@ class Phases:
 def _may_try_again(error: BaseException) -> bool:
     """Whether memory ran out and no other process waits: one may have had enough and gone on."""
     return is_out_of_memory(error) and not torch.distributed.is_initialized()
-
-
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Arguments for activation checkpointing, by the names this transformers prefers."""
-    if not wanted:
-        return {}
-    fields = TrainingArguments.__dataclass_fields__
-    name = "activation" if "activation_checkpointing" in fields else "gradient"
-    return {
-        f"{name}_checkpointing": True,
-        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
-    }

@@ -11,7 +11,7 @@ from prunepeft.evaluate import Tried
 from prunepeft.processes import on_main, share
 from prunepeft.space import Placement
 from prunepeft.state import Journal
-from prunepeft.trial_cache import TrialCache
+from prunepeft.training.trial_cache import TrialCache
 
 FOUND = "found."  # what a watcher found, beside the weights
 

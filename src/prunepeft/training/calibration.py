@@ -17,7 +17,7 @@ from prunepeft.evaluate import Target
 from prunepeft.memory import peak_memory, reset_peak_memory
 from prunepeft.probes import Probe, Recorder
 from prunepeft.supernet.tuner import UnionConfig
-from prunepeft.training import Phases, make_optimizer, make_scheduler
+from prunepeft.training.phases import Phases, make_optimizer, make_scheduler
 
 
 class BasePasses:

@@ -11,13 +11,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from prunepeft.batches import derive_seed, n_steps
-from prunepeft.brief_training import cost_of, measure_briefly, rows_at, train_briefly
 from prunepeft.budget import Fidelity
-from prunepeft.calibration import BasePasses
 from prunepeft.criteria.watch import SaliencyWatcher
 from prunepeft.errors import StateError
 from prunepeft.evaluate import Outcome, Scored, Target, Tried, Watched, Watcher
-from prunepeft.full_training import first_seed, outcome_of, train_fully
 from prunepeft.probes import Probe
 from prunepeft.space import Placement
 from prunepeft.sparse_tuning import IstSettings
@@ -25,10 +22,13 @@ from prunepeft.state import Journal, call_key
 from prunepeft.structured.cut import Cut
 from prunepeft.structured.groups import find_groups
 from prunepeft.supernet import attach, detach, load_trainable_state, trainable_state
-from prunepeft.takeover import cut_and_keep, cut_and_merge
-from prunepeft.training import Phases
-from prunepeft.trial_cache import TrialCache
-from prunepeft.trials import FOUND, Trials
+from prunepeft.training.brief import cost_of, measure_briefly, rows_at, train_briefly
+from prunepeft.training.calibration import BasePasses
+from prunepeft.training.full import first_seed, outcome_of, train_fully
+from prunepeft.training.phases import Phases
+from prunepeft.training.takeover import cut_and_keep, cut_and_merge
+from prunepeft.training.trial_cache import TrialCache
+from prunepeft.training.trials import FOUND, Trials
 
 
 class TrainerEvaluator:

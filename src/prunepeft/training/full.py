@@ -7,10 +7,10 @@ from peft import PeftModel
 
 from prunepeft.batches import derive_seed, n_steps
 from prunepeft.evaluate import Outcome, Target
-from prunepeft.resumable import Resumable
 from prunepeft.sparse_tuning import IstSettings, SparseTuning
 from prunepeft.supernet import n_trainable
-from prunepeft.training import Phases, make_optimizer, make_scheduler
+from prunepeft.training.phases import Phases, make_optimizer, make_scheduler
+from prunepeft.training.resumable import Resumable
 
 
 def first_seed(seed: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prunepeft.paired_tests import CONFIDENCE, holm, paired, summary, verdict
+from prunepeft.compare.paired_tests import CONFIDENCE, holm, paired, summary, verdict
 from prunepeft.pareto import Point, front, hypervolume
 
 SCHEMA_VERSION = 1

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prunepeft.criteria.record import Recorder
 from prunepeft.prefix.states import NumberedRows, RowStates, skipping, split_states
@@ -69,6 +69,14 @@ class PhaseTrainer(Trainer):
             DataLoader(rows, batch_sampler=self._batches, collate_fn=self.data_collator)
         )
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if self.args.world_size > 1:
+            return super().get_eval_dataloader(eval_dataset)
+        loader = DataLoader(
+            self.eval_dataset, batch_sampler=self._batches, collate_fn=self.data_collator
+        )
+        return self.accelerator.prepare(loader)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of one step, and how many labels the step has over all processes."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
@@ -88,7 +96,7 @@ class PhaseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """The piece's part of the step's loss; in evaluation the mean over the batch."""
+        """The piece's part of the step's loss; in an evaluation the batch's, by its rows."""
         for module in self._held:
             module.eval()
         inputs, states = split_states(inputs)
@@ -99,6 +107,8 @@ class PhaseTrainer(Trainer):
             share = _n_labels(inputs["labels"]) / num_items_in_batch
             # Data parallel averages the gradients of the processes; the parts must add up.
             loss = loss * share.to(loss) * self.args.world_size
+        elif not model.training and self.args.world_size == 1:
+            loss = loss * (len(inputs["labels"]) * len(self._batches) / len(self.eval_dataset))
         return (loss, outputs) if return_outputs else loss
 
 
@@ -168,6 +178,18 @@ class PhaseCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if isinstance(self.recorder, SparseTuning):
             self.recorder.restore()
+
+
+def checkpointing(wanted: bool) -> dict[str, Any]:
+    """Arguments for activation checkpointing, by the names this transformers prefers."""
+    if not wanted:
+        return {}
+    fields = TrainingArguments.__dataclass_fields__
+    name = "activation" if "activation_checkpointing" in fields else "gradient"
+    return {
+        f"{name}_checkpointing": True,
+        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
+    }
 
 
 def _n_labels(labels: Tensor) -> Tensor:

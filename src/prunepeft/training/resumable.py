@@ -12,8 +12,8 @@ from prunepeft.errors import CheckpointError
 from prunepeft.sparse_tuning import SparseTuning
 from prunepeft.state import read_tensors
 from prunepeft.supernet import load_trainable_state, trainable_state
-from prunepeft.train_state import load_train_state, save_train_state
-from prunepeft.training import PhaseLog
+from prunepeft.training.phases import PhaseLog
+from prunepeft.training.train_state import load_train_state, save_train_state
 
 logger = logging.getLogger(__name__)
 

@@ -1,15 +1,12 @@
-"""Which search is worth its cost: several methods and seeds on one task, at equal budgets.
-
-from prunepeft.compare import compare, compare_runs
-"""
+"""The comparison itself: all its runs, one after the other, and its page."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunepeft.compare_cells import read_cell, run_equal, run_own
-from prunepeft.compare_checks import (
+from prunepeft.compare.cells import read_cell, run_equal, run_own
+from prunepeft.compare.checks import (
     SETTINGS,
     check_choice,
     check_folder,
@@ -20,8 +17,8 @@ from prunepeft.compare_checks import (
     default_reference,
     settings_of,
 )
-from prunepeft.compare_settings import PLAIN, cell_config, folder_of, is_black_box, plain_placement
-from prunepeft.comparison import Cell, make_comparison
+from prunepeft.compare.comparison import Cell, make_comparison
+from prunepeft.compare.settings import PLAIN, cell_config, folder_of, is_black_box, plain_placement
 from prunepeft.config import RunConfig
 from prunepeft.errors import StateError
 from prunepeft.places import check_sources

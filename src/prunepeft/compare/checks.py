@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunepeft.compare_settings import PLAIN, changed_settings, is_black_box, reads
-from prunepeft.comparison import Cell
+from prunepeft.compare.comparison import Cell
+from prunepeft.compare.settings import PLAIN, changed_settings, is_black_box, reads
 from prunepeft.config import RunConfig
 from prunepeft.errors import ConfigError, UnknownNameError
 from prunepeft.registry import unknown_name

@@ -11,7 +11,8 @@ from typing import Any
 
 from prunepeft import run
 from prunepeft.batches import n_steps
-from prunepeft.compare_settings import (
+from prunepeft.compare.comparison import Cell
+from prunepeft.compare.settings import (
     NO_TRIALS,
     PLAIN,
     cell_config,
@@ -20,7 +21,6 @@ from prunepeft.compare_settings import (
     place_plain,
     with_settings,
 )
-from prunepeft.comparison import Cell
 from prunepeft.config import RunConfig
 from prunepeft.errors import DiskError, LockedError, PrunePeftError
 from prunepeft.estimates import planned_steps
