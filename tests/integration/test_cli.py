@@ -256,7 +256,7 @@ def test_search_prints_a_table_and_where_to_look(
 def test_compare_gets_settings_methods_and_seeds(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import prunepeft.compare.job as job
+    import prunepeft.compare as job
 
     seen: dict[str, Any] = {}
 
@@ -287,7 +287,7 @@ def test_compare_gets_settings_methods_and_seeds(
 def test_an_interrupted_comparison_says_how_to_go_on(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import prunepeft.compare.job as job
+    import prunepeft.compare as job
 
     def compare(*_: Any, **__: Any) -> None:
         raise Interrupted(15)

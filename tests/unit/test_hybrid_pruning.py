@@ -135,9 +135,9 @@ def test_the_warm_up_takes_a_tenth_of_the_training_or_one_turn(train_steps, turn
 
 @pytest.mark.parametrize(
     ("n_train", "epochs", "expected"),
-    [(10_000, 3, 0.3), (10_000, 20, 1.0), (1000, 3, 0.3), (200, 3, 0.8), (100, 3, 1.0)],
+    [(10_000, 3, 0.5), (10_000, 20, 1.0), (1000, 3, 0.5), (200, 3, 0.8), (100, 3, 1.0)],
 )
-def test_rounds_take_three_tenths_of_the_training_by_default(n_train, epochs, expected):
+def test_rounds_take_half_of_the_training_by_default(n_train, epochs, expected):
     space = make_space(4)
     problem = replace(
         make_problem(space, half(space)), n_train=n_train, train_steps=epochs * (n_train // 16)
@@ -280,12 +280,12 @@ def test_per_round_removes_that_many_until_the_budget():
 @pytest.mark.parametrize("per_round", [1, 5, 16])
 def test_rounds_of_so_many_modules_take_their_share_of_the_training_together(per_round):
     space = make_space(8)
-    problem = replace(make_problem(space, half(space)), n_train=200_000, train_steps=30_000)
+    problem = replace(make_problem(space, half(space)), n_train=400_000, train_steps=30_000)
     strategy = HybridPruning(per_round=per_round, warmup=False)
     rounds = strategy.most_rounds(len(space))
     assert rounds == -(-len(space) // per_round)
     share = strategy.default_share(problem)
-    assert rounds * problem.n_steps(Fidelity(share, 1)) == pytest.approx(0.3 * 30_000, rel=0.01)
+    assert rounds * problem.n_steps(Fidelity(share, 1)) == pytest.approx(0.5 * 30_000, rel=0.01)
 
 
 def test_a_budget_above_the_supernet_prunes_nothing():

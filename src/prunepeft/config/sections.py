@@ -64,7 +64,7 @@ class SearchSettings(Section):
 
     fidelity: FullShare | None = about(
         None,
-        "share of the training rows the search sees; null: prunepeft takes 0.3 of the training's "
+        "share of the training rows the search sees; null: prunepeft takes half of the training's "
         "steps for its rounds, other methods see all rows",
     )
     rounds: Count = about(3, "train-and-prune rounds")

@@ -33,7 +33,7 @@ from prunepeft.strategies.warm_up import WarmUp
 
 MODES = ("hybrid", "no_partitions", "none", "random")  # and single:<criterion>
 REINIT = ("reset", "keep", "init")
-ROUNDS_SHARE = 0.3
+ROUNDS_SHARE = 0.5
 LEAST_STEPS = 10
 
 
@@ -114,9 +114,10 @@ class HybridPruning(Strategy):
         return WarmUp(self.criteria, self.warmup_rows, self.warmup_epochs, self.warmup_turns)
 
     def default_share(self, problem: Problem) -> float:
-        """Share of the rows a round sees: all rounds take three tenths of the training's steps.
+        """Share of the rows a round sees: all rounds take half of the training's steps.
 
-        In the paper's tables a search costs 0.3 of the training. A round has ten steps at least.
+        In the paper's tables a search costs 0.3 of the training; with so little, what is found was
+        worse than plain LoRA on CoLA. A round has ten steps at least.
         """
         if not problem.train_steps:
             return 1.0
