@@ -20,7 +20,7 @@ def measure(
     case: dict[str, Any], rows: int, steps: int, pairs: int, device: str = "cpu"
 ) -> dict[str, Any]:
     """For every layer but the first: how much faster a step is, and what operations predict."""
-    bf16 = case["precision"] == "bf16"
+    bf16, steps = case["precision"] == "bf16", case.get("steps", steps)
     data = make_rows(rows * steps, case["tokens"])
     found = {}
     for lowest in case.get("lowest", range(1, case["layers"])):
