@@ -47,16 +47,16 @@ class Bench:
         seeds, tasks, methods = SUITE["seeds"], SUITE["tasks"], (*PLAIN, *SUITE["methods"])
         deciding = [m for m in methods if m in (*PLAIN, "prunepeft")]
         variants = [m for m in methods if m not in deciding]
-        found += [self._cell(*case) for case in product(seeds, tasks, deciding)]
+        found += [self._experiment(*case) for case in product(seeds, tasks, deciding)]
         for task in tasks:
             config = self._common(task, "reference") | SUITE["reference"]
             run = partial(self.reference, task)
             needs = (f"{task}/prunepeft-seed{seeds[0]}",)
             found.append(Experiment(f"{task}/reference", config, run, needs))
-        found += [self._cell(*case) for case in product(seeds, tasks, variants)]
+        found += [self._experiment(*case) for case in product(seeds, tasks, variants)]
         return found
 
-    def _cell(self, seed: int, task: str, method: str) -> Experiment:
+    def _experiment(self, seed: int, task: str, method: str) -> Experiment:
         needs = tuple(_tuning(task, rate) for rate in SUITE["rates"])
         config = self._common(task, method) | {"seed": seed, "method": method}
         run = partial(self.cell, task, method, seed)
