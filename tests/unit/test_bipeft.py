@@ -363,6 +363,48 @@ def test_sensitivity_counts_what_each_of_the_two_steps_showed() -> None:
     search.abandon()
 
 
+def test_presence_is_drawn_in_steps_of_the_dimensions_too() -> None:
+    net, space = make_net()
+    search = watcher_of(space, prune_steps=1, begin=0.99)
+    search.attach(net)
+    search.start(8)
+    hidden = Counter()
+    for step in range(8):
+        gates = [
+            layer.branches["default"][kind].gate
+            for layers in slot_layers(net).values()
+            for layer, kind in layers
+        ]
+        hidden[search.stage(step)] += sum(not bool(gate) for gate in gates)
+        loss_of(net, step).backward()
+        search.step()
+        net.zero_grad()
+    assert search._state.kept.all()
+    search.abandon()
+    assert min(hidden[stage] for stage in ("weights", "presence", "dimension")) > 0
+
+
+def test_multipliers_that_change_nothing_have_no_product() -> None:
+    """The loss would not change without them, whatever their gradient."""
+    kinds = ("ia3", "lnfit", "ssl", "ssb")
+    model = TINY["bert"]()
+    space = make_space(find_sites(model), list(kinds))
+    costs = {s.id: [slot_cost(s, 1, "parameters")] for s in space}
+    for noise in (0.0, 0.1):
+        net = attach(TINY["bert"](), space.full()).eval()
+        for slot_id, parameters in slot_parameters(net).items():
+            for path, p in parameters.items():
+                p.data += noise * torch.randn(p.shape, generator=seeded(1, slot_id, path))
+        search = BipeftSearch(costs, {i: [1] for i in costs}, 10, seed=3)
+        search.attach(net)
+        search.start(4)
+        loss_of(net).backward()
+        search.step()
+        found = [sum(t.abs().sum().item() for t in ts) for ts in search._state.products]
+        assert any(found) == bool(noise)
+        search.abandon()
+
+
 def test_without_dimensions_only_presence_is_searched() -> None:
     net, space = make_net(["bitfit"])
     search = watcher_of(space)

@@ -10,10 +10,21 @@ from torch.testing import assert_close
 
 from prunepeft.candidates import make_space
 from prunepeft.criteria.record import Recorder
+from prunepeft.kinds import KINDS
 from prunepeft.sites import find_sites
-from prunepeft.supernet import attach, gate_slots, placement_of, slot_layers, slot_parameters
+from prunepeft.supernet import (
+    attach,
+    gate_slots,
+    neutral_values,
+    placement_of,
+    slot_layers,
+    slot_parameters,
+)
 from tests.tiny_models import make_tiny, tiny_inputs
 from tests.watched_toy import Toy
+
+# Kinds that always change something: directions have no length, and every token gets attention.
+UNDEFINED = ("ether", "ether_plus", "prefix")
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "saved"])
@@ -114,3 +125,32 @@ def test_recorder_of_a_supernet() -> None:
     assert [len(unit) for unit in record.weights] == [len(p) for p in slot_parameters(net).values()]
     assert [i for i, mean in enumerate(record.abs_grad_mean) if mean == 0] == [0]
     assert all(layer.observer is None for pairs in slot_layers(net).values() for layer, _ in pairs)
+
+
+def test_weights_are_counted_from_where_they_change_nothing() -> None:
+    kinds = ("ia3", "lnfit", "ssl", "ssb", "dora")
+    model = make_tiny("bert")
+    net = attach(model, make_space(find_sites(model), list(kinds), sizes={"dora": 2}).full())
+    net.train()
+    with Recorder.for_net(net, {"weights", "gradients"}) as recorder:
+        net(**tiny_inputs("bert", net)).logits.square().sum().backward()
+        recorder.step()
+    record = recorder.read()
+    for unit, weights in zip(record.units, record.weights, strict=True):
+        is_zero = not any(w.any() for w in weights)
+        assert is_zero == (not unit.endswith("dora"))  # whose A is not
+    assert not record.abs_weight_grad_mean.any()
+    assert record.abs_grad_mean.any()
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS.names() if k not in UNDEFINED])
+def test_tensors_at_their_neutral_values_change_nothing(kind: str) -> None:
+    model = make_tiny("bert").eval()
+    batch = tiny_inputs("bert", model)
+    before = model(**batch).logits
+    net = attach(model, make_space(find_sites(model), [kind]).full()).eval()
+    neutral = neutral_values(net)
+    for slot_id, parameters in slot_parameters(net).items():
+        for path, p in parameters.items():
+            p.data = torch.zeros_like(p) + neutral[slot_id][path]
+    assert_close(net(**batch).logits, before)

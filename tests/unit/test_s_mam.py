@@ -144,6 +144,28 @@ def test_units_of_every_kind() -> None:
         assert found[slot_id].min() >= 0
 
 
+def test_fresh_modules_whose_kind_is_neutral_elsewhere_score_nothing() -> None:
+    net = make_net(kinds=("dora", "ia3", "lnfit", "ssl", "ssb", "bitfit"), noise=0.0)
+    for found in score(net, whole=True).values():
+        assert not found.any()
+
+
+@pytest.mark.parametrize("kind", ["ia3", "lnfit", "ssl", "ssb", "bitfit"])
+def test_scores_say_what_removing_the_module_changes(kind: str) -> None:
+    net = make_net(kinds=(kind,), noise=1e-3)
+    found = score(net, aggregate="signed")
+    batch = tiny_inputs("bert", net, seed=0)
+    with torch.no_grad():
+        before = loss_of(net.double(), batch)
+        for slot_id, layers in slot_layers(net).items():
+            for layer, name in layers:
+                layer.branches["default"][name].gate = 0.0
+            change = loss_of(net, batch) - before
+            for layer, name in layers:
+                layer.branches["default"][name].gate = 1.0
+            assert_close(found[slot_id], change.abs()[None].float(), rtol=0.1, atol=1e-6)
+
+
 def test_only_the_last_epoch_counts_and_one_begun_again_counts_once() -> None:
     net = make_net()
     plain = score(net)

@@ -28,7 +28,8 @@ class Record:
 
     Attributes:
         units: Ids of the N units (slots).
-        weights: Tensors of each unit at the end of the pass, float32.
+        weights: Tensors of each unit at the end of the pass, float32, counted from their neutral
+            values: the l of ia3, which changes nothing at 1, as l - 1.
         grad_sum: Signed sum over the steps of the gradient of each of those tensors, float32.
         abs_grad_mean: Mean of |g| over steps and weights, (N,).
         abs_weight_grad_mean: Mean of |w * g| over steps and weights, (N,).

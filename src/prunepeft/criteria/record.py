@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunepeft.criteria.base import NEEDS, RECORDED, Record, unit_means
 from prunepeft.criteria.sums import GradientSums, OutputSums, by_device, n_processes, summed
 from prunepeft.errors import ConfigError, StateError
+from prunepeft.kinds import off_neutral
 
 _WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()  # layers whose outputs are being recorded
 
@@ -56,6 +57,7 @@ class Recorder:
         needs: What to collect, a subset of `NEEDS`.
         output_every: Outputs are sampled in the first and second step, then every so many steps.
         trials: What turns layers down, where `suppression` is needed.
+        neutral: Unit id -> value of each of its parameters at which that changes nothing, if not 0.
     Raises:
         ConfigError: if `needs` or `output_every` is not allowed.
     Example:
@@ -74,6 +76,7 @@ class Recorder:
         needs: Collection[str] = RECORDED,
         output_every: int = 4,
         trials: Trials | None = None,
+        neutral: Mapping[str, Sequence[Tensor | float]] | None = None,
     ) -> None:
         if unknown := sorted(set(needs) - NEEDS):
             raise ConfigError(
@@ -86,6 +89,11 @@ class Recorder:
                 "suppression needs the whole model; make the recorder with Recorder.for_net."
             )
         self.units = {unit: tuple(parameters) for unit, parameters in units.items()}
+        self.neutral = {
+            id(p): value
+            for unit, values in (neutral or {}).items()
+            for p, value in zip(self.units[unit], values, strict=True)
+        }
         self.layers = tuple(layers)
         self.needs = frozenset(needs)
         self.output_every = output_every
@@ -102,12 +110,13 @@ class Recorder:
         """Recorder of all modules of a supernet."""
         # The supernet needs peft; recording plain modules does not.
         from prunepeft.sparse_tuning.trials import LayerTrials
-        from prunepeft.supernet.attach import slot_layers, slot_parameters
+        from prunepeft.supernet.attach import neutral_values, slot_layers, slot_parameters
 
         units = {unit: tuple(named.values()) for unit, named in slot_parameters(net).items()}
         hosts = [layer for pairs in slot_layers(net).values() for layer, _ in pairs]
         trials = LayerTrials(net) if "suppression" in needs else None
-        return cls(units, tuple(dict.fromkeys(hosts)), needs, output_every, trials)
+        neutral = {unit: tuple(named.values()) for unit, named in neutral_values(net).items()}
+        return cls(units, tuple(dict.fromkeys(hosts)), needs, output_every, trials, neutral)
 
     def __enter__(self) -> "Recorder":
         watched = self.layers if "outputs" in self.needs else ()
@@ -163,7 +172,8 @@ class Recorder:
             )
         if "gradients" in self.needs:
             # Not before the first step: a trainer may move the model when training begins.
-            self._sums = self._sums or [GradientSums(group) for group in by_device(self.units)]
+            groups = [] if self._sums else by_device(self.units)
+            self._sums += [GradientSums(group, self.neutral) for group in groups]
         for sums in self._sums:
             sums.add()
         if self.trials is not None:
@@ -213,7 +223,12 @@ class Recorder:
 
     def _weights(self) -> Iterator[Iterator[Tensor]]:
         for unit in self.units.values():
-            yield (p.detach().to("cpu", torch.float32, copy=True) for p in unit)
+            yield (
+                off_neutral(
+                    p.detach().to("cpu", torch.float32, copy=True), self.neutral.get(id(p), 0.0)
+                )
+                for p in unit
+            )
 
     def _read_gradients(self) -> tuple[tuple[tuple[Tensor, ...], ...], Tensor]:
         """Signed sums as in the units, and means of |g| and |w * g|, (2, N)."""

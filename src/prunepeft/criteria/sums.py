@@ -7,17 +7,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunepeft.errors import StateError
+from prunepeft.kinds import off_neutral
 
 
 class GradientSums:
     """Running sums over the steps of parameters that share a device.
 
     `signed` holds the sum of g per parameter in its shape; `absolute` the sums over steps and
-    elements of |g| and |w * g|, (2, number of parameters), float32.
+    elements of |g| and |w * g|, (2, number of parameters), float32, with w from its neutral value.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], neutral: Mapping[int, Tensor | float]
+    ) -> None:
         self.parameters = tuple(parameters)
+        self.neutral = [neutral.get(id(p), 0.0) for p in self.parameters]
         self.signed = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
         self.absolute = torch.zeros(2, len(self.parameters), device=self.parameters[0].device)
 
@@ -27,7 +31,7 @@ class GradientSums:
         if not live:
             return
         grads = [self.parameters[i].grad.float() for i in live]  # pyright: ignore
-        weights = [self.parameters[i].float() for i in live]
+        weights = [off_neutral(self.parameters[i].float(), self.neutral[i]) for i in live]
         torch._foreach_add_([self.signed[i] for i in live], grads)
         for row, tensors in enumerate((grads, torch._foreach_mul(grads, weights))):
             sums = [self.absolute.new_zeros(())] * len(self.parameters)

@@ -130,6 +130,13 @@ class Kind(ABC):
             stage: Which of `stages` is asked for; only kinds with several read it.
         """
 
+    def neutral(self, name: str, host: Host) -> Tensor | float:
+        """Value of one of the module's tensors at which it changes nothing, as far as it goes.
+
+        Criteria judge a weight by its distance from there: without the module it would be at that.
+        """
+        return 0.0
+
     def scaling(self, max_size: int) -> float:
         """Factor of the update; set by the slot's largest size and kept when ranks are cut."""
         return 1.0
@@ -227,6 +234,13 @@ def make_kind(name: str, options: Mapping[str, Any] | tuple[tuple[str, Any], ...
 def slot_kind(slot: Slot) -> Kind:
     """The kind of a slot, with the slot's options."""
     return make_kind(slot.kind, slot.options)
+
+
+def off_neutral(weight: Tensor, neutral: Tensor | float) -> Tensor:
+    """How far a tensor is from its neutral value, see `Kind.neutral`."""
+    if isinstance(neutral, Tensor):
+        return weight - neutral.to(weight)
+    return weight - neutral if neutral else weight
 
 
 def n_params(slot: Slot, size: int) -> int:

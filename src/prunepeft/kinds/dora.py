@@ -71,6 +71,9 @@ class Dora(Kind):
         norm = host.frozen_row_norm().float().cpu().clone()
         return {"A": a, "B": torch.zeros(shapes["B"]), "magnitude": norm}
 
+    def neutral(self, name: str, host: Host) -> Tensor | float:
+        return host.frozen_row_norm() if name == "magnitude" else 0.0
+
     def scaling(self, max_size: int) -> float:
         alpha = 2 * max_size if self.alpha is None else self.alpha
         return alpha / (math.sqrt(max_size) if self.rslora else max_size)

@@ -42,6 +42,9 @@ class Ia3(Kind):
     ) -> dict[str, Tensor]:
         return {"l": torch.ones(shapes["l"])}
 
+    def neutral(self, name: str, host: Host) -> Tensor | float:
+        return 1.0
+
     def delta(
         self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host, stage: str = ""
     ) -> Tensor:

@@ -49,6 +49,9 @@ class LnFit(Kind):
     ) -> dict[str, Tensor]:
         return {k: torch.ones(v) if k == "g" else torch.zeros(v) for k, v in shapes.items()}
 
+    def neutral(self, name: str, host: Host) -> Tensor | float:
+        return 1.0 if name == "g" else 0.0
+
     def delta(
         self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host, stage: str = ""
     ) -> Tensor:

@@ -42,6 +42,9 @@ class Ssl(Kind):
     ) -> dict[str, Tensor]:
         return {name: torch.ones(shape) for name, shape in shapes.items()}
 
+    def neutral(self, name: str, host: Host) -> Tensor | float:
+        return 1.0
+
     def delta(
         self, params: Params, x: Tensor, y: Tensor, scaling: float, host: Host, stage: str = ""
     ) -> Tensor:

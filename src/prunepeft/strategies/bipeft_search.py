@@ -10,11 +10,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from prunepeft.errors import StateError
-from prunepeft.kinds import n_params, seeded
+from prunepeft.kinds import n_params, off_neutral, seeded
 from prunepeft.strategies import bipeft_rules as rules
 from prunepeft.strategies.bipeft_gates import ModuleGates
 from prunepeft.strategies.bipeft_state import MAX_PRUNE_STEPS, Pruning, State
-from prunepeft.supernet import placement_of, slot_layers, slot_parameters
+from prunepeft.supernet import neutral_values, placement_of, slot_layers, slot_parameters
 
 _GATES = "bipeft_gates"  # name of the gates on the net
 
@@ -111,7 +111,9 @@ class BipeftSearch:
             [n_params(slots[i], size) for size in self.config["dimensions"][i]] for i in self.ids
         ]
         parameters = slot_parameters(net)
+        neutral = neutral_values(net)
         self._parameters = [list(parameters[i].values()) for i in self.ids]
+        self._neutral = [list(neutral[i].values()) for i in self.ids]
         self._net = net
         self.start(0)
 
@@ -177,7 +179,7 @@ class BipeftSearch:
                 gates.leave()
             delattr(self._net, _GATES)
             self._net = None
-            self._gates, self._parameters = nn.ModuleList(), []
+            self._gates, self._parameters, self._neutral = nn.ModuleList(), [], []
 
     # --- gates -----------------------------------------------------------------------------
 
@@ -255,15 +257,22 @@ class BipeftSearch:
     def _products(self) -> tuple[list[Tensor], ...]:
         """Weight times gradient of this step, of every tensor of every module that is there.
 
+        Weights count from their neutral value, see `Kind.neutral`.
+
         Divided by the parameters that the module shows in this step: another step may show more.
         """
         shown = [n[k] for n, k in zip(self._numel, self._shown.tolist(), strict=True)]
         kept = self._state.kept.tolist()
         return tuple(
-            [torch.zeros_like(p) if p.grad is None else p.detach() * p.grad / n for p in parameters]
+            [
+                torch.zeros_like(p) if p.grad is None else off_neutral(p.detach(), v) * p.grad / n
+                for p, v in zip(parameters, neutral, strict=True)
+            ]
             if there
             else []
-            for parameters, n, there in zip(self._parameters, shown, kept, strict=True)
+            for parameters, neutral, n, there in zip(
+                self._parameters, self._neutral, shown, kept, strict=True
+            )
         )
 
     def _judged(

@@ -8,20 +8,23 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from prunepeft.errors import StateError, UnknownNameError
-from prunepeft.kinds import seeded, slot_kind
+from prunepeft.kinds import off_neutral, seeded, slot_kind
 from prunepeft.registry import unknown_name
 from prunepeft.structured.importance import rank_importance
 from prunepeft.supernet import placement_of, slot_layers
 from prunepeft.supernet.attach import ADAPTER
 
 AGGREGATES = ("mean", "sum", "signed")
+# A parameter, the axis of the units in it (None: all of it is one), and its neutral value.
+Part = tuple[nn.Parameter, int | None, Tensor | float]
 _ORIGINS = "first_values"  # name on the net of the values whose contribution is subtracted
 
 
 class FirstOrder:
-    """A `Watcher` that scores units by what the loss would change were their weights zero.
+    """A `Watcher` that scores units by what the loss would change without them.
 
-    With the terms t_i = w_i dL/dw_i of the weights of a unit, in one optimiser step:
+    With the terms t_i = w_i dL/dw_i of the weights of a unit, in one optimiser step (multipliers,
+    which change nothing at 1, count by w_i - 1; see `Kind.neutral`):
 
         mean      sum of |t_i| / number of weights
         sum       sum of |t_i|
@@ -96,8 +99,8 @@ class FirstOrder:
         how = "sum" if self.config["aggregate"] == "signed" else "abs"
         for slot_id, parts in self._units.items():
             given = [
-                (_rows(w, axis), _rows(torch.zeros_like(w) if w.grad is None else w.grad, axis), 0)
-                for w, axis in parts
+                (_rows(off_neutral(w, neutral), axis), _rows(_gradient(w), axis), 0)
+                for w, axis, neutral in parts
             ]
             score = rank_importance(given, how)
             held = self._sums.get(slot_id)
@@ -132,18 +135,24 @@ class FirstOrder:
         if self.config["aggregate"] == "sum":
             return 1
         if self.config["aggregate"] == "signed":
-            return max(1, sum(w.ndim > 1 for w, _ in parts) // len(slot_layers(self._net)[slot_id]))
-        return sum(_rows(w, axis).shape[1] for w, axis in parts)
+            return max(
+                1, sum(w.ndim > 1 for w, *_ in parts) // len(slot_layers(self._net)[slot_id])
+            )
+        return sum(_rows(w, axis).shape[1] for w, axis, _ in parts)
 
-    def _find_units(self) -> dict[str, list[tuple[nn.Parameter, int | None]]]:
-        """Slot id -> its parameters with the axis of the units; None: all of it is one unit."""
+    def _find_units(self) -> dict[str, list[Part]]:
         kinds = {slot.id: slot_kind(slot) for slot in placement_of(self._net)}
-        units: dict[str, list[tuple[nn.Parameter, int | None]]] = {}
+        units: dict[str, list[Part]] = {}
         for slot_id, layers in slot_layers(self._net).items():
-            named = [pair for la, k in layers for pair in la.params(ADAPTER, k).items()]
-            ranked = [(p, axis) for name, p in named for axis in kinds[slot_id].rank_axes(name, p)]
+            kind = kinds[slot_id]
+            named = [
+                (name, p, kind.neutral(name, layer))
+                for layer, k in layers
+                for name, p in layer.params(ADAPTER, k).items()
+            ]
+            ranked = [(p, axis, v) for name, p, v in named for axis in kind.rank_axes(name, p)]
             whole = self.config["whole"] or not ranked
-            units[slot_id] = [(p, None) for _, p in named] if whole else ranked
+            units[slot_id] = [(p, None, v) for _, p, v in named] if whole else ranked
         return units
 
     @torch.no_grad()
@@ -170,6 +179,10 @@ class FirstOrder:
 
 def _is_zero_factor(kind: Any, name: str, p: Tensor) -> bool:
     return p.ndim > 1 and bool(kind.rank_axes(name, p)) and not p.any()
+
+
+def _gradient(w: Tensor) -> Tensor:
+    return torch.zeros_like(w) if w.grad is None else w.grad
 
 
 def _rows(w: Tensor, axis: int | None) -> Tensor:

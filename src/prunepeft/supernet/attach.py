@@ -113,6 +113,19 @@ def slot_parameters(net: PeftModel, adapter: str = ADAPTER) -> dict[str, dict[st
     }
 
 
+def neutral_values(net: PeftModel, adapter: str = ADAPTER) -> dict[str, dict[str, Tensor | float]]:
+    """Slot id -> `<path>.<tensor>` -> value at which that tensor changes nothing, most often 0."""
+    modules = dict(net.base_model.model.named_modules())
+    return {
+        slot.id: {
+            f"{site.path}.{name}": slot_kind(slot).neutral(name, modules[site.path])
+            for site in slot.sites
+            for name in modules[site.path].params(adapter, slot.kind)
+        }
+        for slot in placement_of(net, adapter)
+    }
+
+
 def remove_slots(net: PeftModel, ids: Iterable[str], adapter: str = ADAPTER) -> None:
     """Take modules out exactly; layers left without one become the plain base layer again."""
     gone = _known(net, ids, adapter)
