@@ -16,7 +16,7 @@ install: $(INSTALLED) ## Prepare .venv (a no-op when up to date)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bo,demo,dev,quant,ray]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bo,demo,dev,nuts,quant,ray]'
 	touch $@
 
 demo: install ## Search on a real encoder and real text; same command again resumes

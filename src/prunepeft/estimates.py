@@ -89,9 +89,18 @@ def _base(plan: Plan) -> dict[str, Any]:
         n = n_removed(ratios.get(group.what, 0.0), group.n_units) * group.heads_per_unit
         found.setdefault(group.what, f"{n} of {group.n_units * group.heads_per_unit}")
     if not plan.strategy.cuts_base:
-        rows = max(1, round(config.base.fidelity * len(plan.splits.train)))
-        found["steps"] = config.base.epochs * n_steps(rows, config.train.batch_size)
+        found["steps"] = shrinking_steps(plan)
     return found
+
+
+def shrinking_steps(plan: Plan) -> int:
+    """Optimiser steps of finding out what goes of the base model before the search."""
+    config = plan.config
+    if not plan.groups or plan.strategy.cuts_base:
+        return 0
+    n = len(plan.splits.train)
+    rows = min(n, max(round(config.base.fidelity * n), plan.n_classes))
+    return config.base.epochs * n_steps(rows, config.train.batch_size)
 
 
 def _data(splits: Splits) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def _search_cost(plan: Plan) -> dict[str, Any]:
     if plan.given is not None or plan.budget is None or mode in ("none", "random"):
         return {"runs": 0, "steps": 0, "rows_per_training_row": 0.0}
     problem = problem_of(plan, None, None)
-    rows = problem.fidelity.rows(n)
+    rows = problem.rows(problem.fidelity)
     rounds = getattr(plan.strategy, "rounds", 1)  # a method without rounds trains once
     if isinstance(plan.strategy, HybridPruning):
         rounds = plan.strategy.most_rounds(len(plan.space))
@@ -165,7 +174,7 @@ def _trials_cost(plan: Plan, strategy: BlackBox) -> dict[str, Any]:
     problem = strategy.widened(problem_of(plan, None, None))
     stages = () if problem.cost(problem.space.full()) <= plan.limit else strategy.stages(problem)
     steps = sum(n * problem.n_steps(fidelity) for n, fidelity in stages)
-    seen = sum(n * fidelity.rows(problem.n_train) * fidelity.epochs for n, fidelity in stages)
+    seen = sum(n * problem.rows(fidelity) * fidelity.epochs for n, fidelity in stages)
     runs, share = sum(n for n, _ in stages), 1.0
     if strategy.max_steps is not None and steps > strategy.max_steps:
         share = strategy.max_steps / steps
@@ -178,7 +187,7 @@ def _look_cost(plan: Plan, strategy: Allocator) -> dict[str, Any]:
     """The same for methods that look at the base model once."""
     problem = problem_of(plan, None, None)
     fidelity = strategy.fidelity(problem)
-    passes, rows = strategy.passes(fidelity.epochs), fidelity.rows(problem.n_train)
+    passes, rows = strategy.passes(fidelity.epochs), problem.rows(fidelity)
     steps = passes * n_steps(rows, problem.batch_size)
     whole = problem.n_train * plan.config.train.epochs
     seen = round(passes * rows / whole, 3)

@@ -27,6 +27,10 @@ NO_LIMIT = 10**12
 needs_botorch = pytest.mark.skipif(
     bayesian.find_spec("botorch") is None, reason="botorch is not installed"
 )
+needs_nuts = pytest.mark.skipif(
+    any(bayesian.find_spec(name) is None for name in bayesian.NEEDS["nuts"][0]),
+    reason="botorch, jax or numpyro is not installed",
+)
 
 
 def make_space(n_layers=6, size=8, d=64, kinds=KINDS) -> SearchSpace:
@@ -486,6 +490,45 @@ def test_the_sparse_prior_finds_the_layers_that_count(seed):
     assert lengths.dtype == torch.float64
     median = lengths.squeeze(1).median(0).values
     assert set(median.topk(2, largest=False).indices.tolist()) == {2, 5}
+
+
+@needs_nuts
+@pytest.mark.slow
+def test_the_prior_of_the_paper_is_sampled_in_double_precision_the_same_for_one_seed(monkeypatch):
+    import botorch.fit
+    import jax
+
+    seen, sample = [], botorch.fit.fit_fully_bayesian_model_nuts
+
+    def looked_at(*args, **kwargs):
+        seen.append(jax.numpy.zeros(1).dtype)
+        sample(*args, **kwargs)
+
+    monkeypatch.setattr(botorch.fit, "fit_fully_bayesian_model_nuts", looked_at)
+    monkeypatch.setattr(bayesian, "NUTS", bayesian.NUTS | {"warmup_steps": 64, "num_samples": 16})
+    space = layer_space(make_space(4))
+    draw = torch.Generator().manual_seed(0)
+    vectors = space.draw_new(16, set(), draw)
+    metric = torch.tensor([MockEvaluator().metric(space.decode(v)) for v in vectors])
+    before = torch.random.get_rng_state()
+    codes = space.codes(vectors)
+    models = [bayesian.fit("nuts", codes, Copula(metric)(metric), seed) for seed in (3, 3, 4)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [str(dtype) for dtype in seen] == ["float64"] * 3
+    assert not jax.config.jax_enable_x64
+    found = [model.posterior(codes).mean for model in models]
+    assert found[0].shape == (4, 16, 1)  # one of four samples is kept
+    assert found[0].dtype == torch.float64
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@needs_nuts
+@pytest.mark.slow
+def test_a_search_with_the_prior_of_the_paper(monkeypatch):
+    monkeypatch.setattr(bayesian, "NUTS", bayesian.NUTS | {"warmup_steps": 16, "num_samples": 8})
+    result = AutoPeft(n_trials=6, initial=5, surrogate="nuts").search(make_problem(make_space(3)))
+    assert len(result.history["trials"]) == 6
 
 
 @needs_botorch

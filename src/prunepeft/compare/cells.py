@@ -23,7 +23,7 @@ from prunepeft.compare.settings import (
 )
 from prunepeft.config import RunConfig
 from prunepeft.errors import DiskError, LockedError, PrunePeftError
-from prunepeft.estimates import planned_steps
+from prunepeft.estimates import planned_steps, shrinking_steps
 from prunepeft.plan import Plan, make_plan, problem_of
 from prunepeft.processes import on_main
 from prunepeft.state import RunFolder, read_json
@@ -94,7 +94,13 @@ def run_equal(config: RunConfig, own: Cell, reference: Cell, output: Path, **how
     except PrunePeftError as error:
         return _failed(method, "equal", seed, place, error, allowance=allowance)
     if equal.arch is not None:  # what the search took, which is not repeated
-        cell = changed(cell, search_steps=own.search_steps, search_seconds=own.search_seconds)
+        cell = changed(
+            cell,
+            search_steps=own.search_steps,
+            search_seconds=own.search_seconds,
+            peak_memory_bytes=max(cell.peak_memory_bytes, own.peak_memory_bytes),
+            trace=own.trace,
+        )
     return changed(cell, note=note, allowance=allowance)
 
 
@@ -108,7 +114,7 @@ def other_length(base: RunConfig, own: Cell, reference: Cell) -> tuple[dict[str,
     if settings is not None and (own.continues or base.base_ratio):
         settings |= {"search": _as_long(make_plan(base))}
     elif settings is not None:
-        settings |= {**NO_TRIALS, "arch": str(Path(own.run) / "best" / "arch.json")}
+        settings |= {**NO_TRIALS, "arch": str(Path(own.run).absolute() / "best" / "arch.json")}
     return settings, note
 
 
@@ -128,13 +134,17 @@ def more_trials(base: RunConfig, allowance: int) -> tuple[dict[str, Any] | None,
     plan = make_plan(base)
     train, problem = base.train, problem_of(plan, None, None)
     room = allowance - train.epochs * n_steps(len(plan.splits.train), train.batch_size)
-    if room < 1 or problem.cost(plan.space.full()) <= plan.limit:
+    room -= shrinking_steps(plan)
+    if room < 1 or problem.cost(plan.strategy.candidates(problem).full()) <= plan.limit:
         return None, ""
     most = changed(plan.strategy, n_trials=room, max_steps=room)
     cheapest = min(problem.n_steps(fidelity) for _, fidelity in most.stages(problem))
     if cheapest > room:
         return None, ""
     settings = {"n_trials": room // cheapest, "max_steps": room}
+    initial = base.black_box.initial
+    if initial is not None and initial > (n := settings["n_trials"]):
+        settings["initial"] = n if n > 1 else None
     return {METHODS.get(base.method).section: settings}, f"{room:,} steps of trials"
 
 
@@ -146,16 +156,20 @@ def _fewer_rows(plan: Plan, own: Cell, allowance: int) -> tuple[dict[str, Any] |
     n, batch = len(plan.splits.train), plan.config.train.batch_size
     before = getattr(plan.config, section).fidelity or problem_of(plan, None, None).fidelity.data
 
-    def steps(fidelity: float) -> int:
+    def seeing(fidelity: float) -> Plan:
         part = getattr(plan.config, section).model_copy(update={"fidelity": fidelity})
-        config = plan.config.model_copy(update={section: part})
-        return planned_steps(changed(plan, config=config))
+        return changed(plan, config=plan.config.model_copy(update={section: part}))
 
     room = allowance - own.train_steps
-    full = steps(before)
+    full = planned_steps(seeing(before))
     for rows in range(int(before * n) // batch * batch, 0, -batch):
         share = rows / n
-        if own.search_steps - (full - steps(share)) <= room and share < before:
+        fewer = seeing(share)
+        if own.search_steps - (full - planned_steps(fewer)) <= room and share < before:
+            try:
+                fewer.strategy.check(problem_of(fewer, None, None))
+            except PrunePeftError as error:
+                return None, f"the run at own cost stands, over by {_over(own, allowance)}: {error}"
             return {section: {"fidelity": share}}, f"{section}.fidelity={share:.3g}"
     return (
         None,

@@ -7,6 +7,7 @@ from typing import Any
 from prunepeft.compare.comparison import Cell
 from prunepeft.compare.settings import PLAIN, changed_settings, is_black_box, reads
 from prunepeft.config import RunConfig
+from prunepeft.config.fields import LAST_SEED
 from prunepeft.errors import ConfigError, UnknownNameError
 from prunepeft.registry import unknown_name
 from prunepeft.run import IGNORED_ON_RESUME
@@ -35,10 +36,10 @@ def check_choice(methods: Sequence[str], seeds: Sequence[int], cost: str, refere
             f"methods are {', '.join(methods) or 'none'}; give two at least, each once, such as "
             "--methods prunepeft,random,lora-all."
         )
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > LAST_SEED:
         raise ConfigError(
-            f"seeds are {', '.join(map(str, seeds)) or 'none'}; give whole numbers from 0, each "
-            "once, such as --seeds 0,1,2."
+            f"seeds are {', '.join(map(str, seeds)) or 'none'}; give whole numbers from 0 to "
+            f"{LAST_SEED}, each once, such as --seeds 0,1,2."
         )
     if cost not in COSTS:
         raise ConfigError(f"cost is {cost!r}; use one of {', '.join(COSTS)}.")
@@ -54,6 +55,12 @@ def check_settings(config: RunConfig, methods: Sequence[str]) -> None:
     if config.arch is not None or config.budget is None:
         raise ConfigError(
             "a comparison searches under a budget: give budget, for example 1%, and leave arch out."
+        )
+    if config.base_ratio and (plain := [m for m in methods if m in PLAIN]):
+        raise ConfigError(
+            f"base_ratio={config.base_ratio:g} cuts the base model, which a search then fits, and "
+            f"{plain[0]} is plain LoRA fitted to the whole one. Run prune-base first and compare "
+            f"on its base/, or leave {' and '.join(plain)} out."
         )
     if config.backend != "serial" and not any(is_black_box(method) for method in methods):
         raise ConfigError(

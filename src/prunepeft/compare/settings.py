@@ -1,6 +1,6 @@
 """Settings of one run of a comparison: what all runs share, less what only other methods read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,20 @@ from typing import Any
 from pydantic import BaseModel
 
 from prunepeft.candidates import make_lora_baseline
-from prunepeft.config import RunConfig
+from prunepeft.config import RunConfig, validated
+from prunepeft.config.model import BASE_TRAINING
 from prunepeft.errors import ConfigError
 from prunepeft.plan import BASELINE_ROLES, make_plan
 from prunepeft.processes import on_main
 from prunepeft.space import Placement
 from prunepeft.state import write_json
-from prunepeft.strategies import METHODS
+from prunepeft.strategies import METHODS, make
 from prunepeft.strategies.black_box import BlackBox
+from prunepeft.strategies.make import changed_settings
 
 PLAIN = tuple(BASELINE_ROLES)  # plain LoRA, no search
 _UNSEARCHED = {"arch": None, "strategy": None, "baseline": "none"}
 NO_TRIALS = {"backend": "serial", "workers": None, "ray_address": None}
-_SHARED = {"search": {"fidelity", "epochs", "lr"}}
 
 
 def is_black_box(method: str) -> bool:
@@ -47,44 +48,25 @@ def cell_config(config: RunConfig, method: str, seed: int, output: Path) -> RunC
         settings |= {"arch": str(placement_file(output, method)), "strategy": None}
     elif "strategy" not in {f.name for f in fields(METHODS.get(method))}:
         settings["strategy"] = None
-    unread = {section: {} for section in _sections()}
+    if method not in PLAIN and METHODS.get(method).cuts_base:
+        defaults = type(config.base)().model_dump()
+        settings["base"] = {name: defaults[name] for name in BASE_TRAINING}
     for section, name in changed_settings(config):
         if name not in reads(method).get(section, set()):
             field = type(getattr(config, section)).model_fields[name]
-            unread[section][name] = field.get_default(call_default_factory=True)
-    return with_settings(config, settings | {s: values for s, values in unread.items() if values})
+            default = field.get_default(call_default_factory=True)
+            settings.setdefault(section, {})[name] = default
+    return with_settings(config, settings)
 
 
-def reads(method: str) -> dict[str, set[str]]:
+def reads(method: str) -> Mapping[str, set[str]]:
     """Section -> keys, of the sections of methods, that this method reads."""
-    read = {section: set(names) for section, names in _SHARED.items()}
-    if method in PLAIN:
-        return {}
-    found = METHODS.get(method)
-    read.setdefault(found.section, set()).update(f.name for f in fields(found))
-    return read
-
-
-def changed_settings(config: RunConfig) -> list[tuple[str, str]]:
-    """Section and key of all settings of methods that are not the default."""
-    found = []
-    for section in _sections():
-        values = getattr(config, section)
-        for name, field in type(values).model_fields.items():
-            if getattr(values, name) != field.get_default(call_default_factory=True):
-                found.append((section, name))
-    return found
-
-
-def _sections() -> Sequence[str]:
-    """Sections of the configuration that belong to methods."""
-    named = {METHODS.get(name).section for name in METHODS.names()}
-    return [n for n in RunConfig.model_fields if n in named | set(_SHARED)]
+    return {} if method in PLAIN else make.reads(METHODS.get(method))
 
 
 def placement_file(output: Path, method: str) -> Path:
     """Where the placement of plain LoRA is."""
-    return output / "placements" / f"{method}.json"
+    return (output / "placements" / f"{method}.json").absolute()
 
 
 def plain_placement(config: RunConfig, method: str, seed: int) -> Placement:
@@ -115,4 +97,4 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     for key, value in settings.items():
         is_section = isinstance(getattr(config, key), BaseModel)
         whole[key] = whole[key] | value if is_section else value
-    return RunConfig.model_validate(whole)
+    return validated(whole)

@@ -1,6 +1,6 @@
 """One resolved configuration per run: file, dotted overrides and flags become a RunConfig."""
 
-from prunepeft.config.load import load_config
+from prunepeft.config.load import load_config, validated
 from prunepeft.config.model import RunConfig
 from prunepeft.config.names import (
     BASE_METHOD_NAMES,
@@ -25,4 +25,5 @@ __all__ = [
     "config_schema",
     "load_config",
     "template",
+    "validated",
 ]

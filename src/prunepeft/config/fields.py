@@ -100,7 +100,8 @@ FullShare = Annotated[float, BeforeValidator(no_switch), Field(gt=0, le=1, allow
 Ratio = Annotated[float, BeforeValidator(no_switch), Field(ge=0, le=1, allow_inf_nan=False)]
 Factor = Annotated[float, BeforeValidator(no_switch), Field(ge=1, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(no_switch), Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, BeforeValidator(no_switch), Field(ge=0, le=2**31 - 1)]
+LAST_SEED = 2**31 - 1
+Seed = Annotated[int, BeforeValidator(no_switch), Field(ge=0, le=LAST_SEED)]
 Scope = Literal["layer", "global"]
 Text = Annotated[str, Field(min_length=1)]
 Kind = Annotated[str, named("kind")]

@@ -57,6 +57,11 @@ def load_config(
     for key, value in (flags or {}).items():
         if value is not None:
             _put(settings, key, value, f"--{key}")
+    return validated(settings)
+
+
+def validated(settings: Mapping[str, Any]) -> RunConfig:
+    """The configuration with these settings. Raises ConfigError or BudgetError in one sentence."""
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:

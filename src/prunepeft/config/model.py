@@ -29,6 +29,9 @@ from prunepeft.config.methods import (
 from prunepeft.config.sections import BaseSettings, SearchSettings, Section, TrainSettings, about
 from prunepeft.errors import ConfigError
 
+# Settings of `base` that say how to find what goes; method light-peft finds it in its own training.
+BASE_TRAINING = ("method", "epochs", "fidelity", "rank", "every")
+
 
 class RunConfig(Section):
     """Every setting of a run."""
@@ -135,8 +138,7 @@ class RunConfig(Section):
             raise ConfigError("ist.* is read with ist=on alone; add ist=on, or leave it out")
         own, base = LightPeftSettings(), BaseSettings()
         if self.method == "light-peft":
-            unread = ("method", "epochs", "fidelity", "rank", "every")
-            changed = [n for n in unread if getattr(self.base, n) != getattr(base, n)]
+            changed = [n for n in BASE_TRAINING if getattr(self.base, n) != getattr(base, n)]
             if changed:
                 raise ConfigError(
                     f"method light-peft cuts the base in its own training, so base.{changed[0]} "

@@ -55,7 +55,7 @@ class SuccessiveHalving(BlackBox):
 
         top = 0
         while n >= self.eta ** (top + 1) and (
-            share(top + 1).rows(problem.n_train) >= problem.batch_size
+            share(top + 1).rows(problem.n_train) >= max(problem.batch_size, problem.n_classes)
         ):
             top += 1
         return tuple((n // self.eta**k, share(top - k)) for k in range(top + 1))

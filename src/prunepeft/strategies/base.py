@@ -36,6 +36,7 @@ class Problem:
         batch_size: Rows of one optimiser step.
         backend: Where independent trials run.
         train_steps: Optimiser steps of the training that follows; 0: not known.
+        n_classes: Classes among the training rows; every part of these has a row of each.
     """
 
     space: SearchSpace
@@ -52,6 +53,7 @@ class Problem:
     batch_size: int = 16
     backend: Backend = field(default_factory=Serial)
     train_steps: int = 0
+    n_classes: int = 1
 
     def cost(self, placement: Placement) -> int:
         """Cost of a placement in the budget's unit."""
@@ -62,9 +64,13 @@ class Problem:
         at = 0 if smallest else -1
         return {s.id: slot_cost(s, s.sizes[at], self.unit) for s in self.space}
 
+    def rows(self, fidelity: Fidelity) -> int:
+        """Training rows that are seen at this fidelity."""
+        return min(self.n_train, max(fidelity.rows(self.n_train), self.n_classes))
+
     def n_steps(self, fidelity: Fidelity) -> int:
         """Optimiser steps of a training at this fidelity."""
-        return n_steps(fidelity.rows(self.n_train), self.batch_size) * fidelity.epochs
+        return n_steps(self.rows(fidelity), self.batch_size) * fidelity.epochs
 
     def check(self, *, smallest: bool = False) -> None:
         """Raise BudgetError if even the smallest module is over the limit.
@@ -120,6 +126,7 @@ class Strategy(ABC):
             passes with modules on it, which are all that can be done if every process has a part.
         has_trials: Whether it trains placements that do not depend on each other.
         reads_gradients: Whether it needs gradients of frozen weights, which quantised ones lack.
+        reads_search: Settings of section `search` that it reads, beside its fields.
     """
 
     name: ClassVar[str]
@@ -128,6 +135,7 @@ class Strategy(ABC):
     needs_whole_base: ClassVar[bool] = False
     has_trials: ClassVar[bool] = False
     reads_gradients: ClassVar[bool] = False
+    reads_search: ClassVar[frozenset[str]] = frozenset({"fidelity", "epochs", "lr"})
 
     def default_share(self, problem: Problem) -> float:
         """Share of the training rows that the search sees, if the settings name none."""

@@ -4,9 +4,10 @@ BoTorch is imported when it is needed; it comes with an extra. All numbers are f
 state of the global random generator stays as it was.
 """
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -103,7 +104,10 @@ def fit(surrogate: str, codes: Tensor, values: Tensor, seed: int) -> Any:
         data = (codes.double(), values.double().unsqueeze(-1))
         if surrogate == "nuts":
             model = SaasFullyBayesianSingleTaskGP(*data, outcome_transform=None)
-            fit_fully_bayesian_model_nuts(model, disable_progbar=True, seed=seed % 2**31, **NUTS)
+            with _double_in_jax():
+                fit_fully_bayesian_model_nuts(
+                    model, disable_progbar=True, seed=seed % 2**31, **NUTS
+                )
             return model
         if surrogate == "map-saas":
             model = EnsembleMapSaasSingleTaskGP(*data, outcome_transform=None)
@@ -112,6 +116,19 @@ def fit(surrogate: str, codes: Tensor, values: Tensor, seed: int) -> Any:
             model = SingleTaskGP(*data, covar_module=kernel, outcome_transform=None)
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
         return model
+
+
+@contextlib.contextmanager
+def _double_in_jax() -> Iterator[None]:
+    """JAX computes in float64 inside, where it rounds to float32 by default."""
+    import jax
+
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def acquisition(

@@ -42,6 +42,7 @@ class BlackBox(Strategy):
 
     section: ClassVar[str] = "black_box"
     has_trials: ClassVar[bool] = True
+    reads_search: ClassVar[frozenset[str]] = frozenset({"lr"})
 
     n_trials: int = 27
     fidelity: float = 1.0

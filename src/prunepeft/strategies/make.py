@@ -4,6 +4,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from prunepeft.config import RunConfig
 from prunepeft.errors import ConfigError
 from prunepeft.state import read_json
@@ -16,7 +18,8 @@ def make_strategy(config: RunConfig) -> Strategy:
     method = METHODS.get(config.method)
     known = {field.name for field in fields(method)}
     section = getattr(config, method.section).model_dump(include=known)
-    _check_read(config, method.section, known)
+    if config.arch is None:
+        _check_read(config, method)
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
     if config.strategy:
         data = read_json(Path(config.strategy))
@@ -35,20 +38,43 @@ def make_strategy(config: RunConfig) -> Strategy:
     return method(**settings)
 
 
-def _check_read(config: RunConfig, section: str, known: set[str]) -> None:
-    """Raise ConfigError for a setting of a shared section that this method does not read."""
-    own = getattr(config, section)
-    shared = {"fidelity", "epochs", "lr"} if section == "search" else set()
-    changed = [
-        n
-        for n, f in type(own).model_fields.items()
-        if getattr(own, n) != f.get_default(call_default_factory=True)
+def reads(method: type[Strategy]) -> dict[str, set[str]]:
+    """Section -> keys that this method reads, of the sections that belong to methods."""
+    read = {"search": set(method.reads_search)}
+    read.setdefault(method.section, set()).update(field.name for field in fields(method))
+    return read
+
+
+def changed_settings(config: RunConfig) -> list[tuple[str, str]]:
+    """Section and key of all settings of methods that are not the default."""
+    sections = {METHODS.get(name).section for name in METHODS.names()} | {"search"}
+    return [
+        (section, name)
+        for section in type(config).model_fields
+        if section in sections
+        for name in changed_keys(getattr(config, section))
     ]
-    if ignored := [n for n in changed if n not in known | shared]:
-        raise ConfigError(
-            f"method {config.method} does not read {section}.{ignored[0]}; leave it out (it reads "
-            f"{', '.join(sorted(known))})."
-        )
+
+
+def changed_keys(section: BaseModel) -> list[str]:
+    """Keys of a section that are not the default."""
+    return [
+        name
+        for name, field in type(section).model_fields.items()
+        if getattr(section, name) != field.get_default(call_default_factory=True)
+    ]
+
+
+def _check_read(config: RunConfig, method: type[Strategy]) -> None:
+    """Raise ConfigError for a setting of a method that this one does not read."""
+    read = reads(method)
+    for section, name in changed_settings(config):
+        if name not in read.get(section, ()):
+            known = (f"{s}.{key}" for s, keys in sorted(read.items()) for key in sorted(keys))
+            raise ConfigError(
+                f"method {config.method} does not read {section}.{name}; leave it out (it reads "
+                f"{', '.join(known)})."
+            )
 
 
 def _base_settings(config: RunConfig, own: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class WarmUp:
 
     def n_rows(self, problem: Problem) -> int:
         """Rows of a run."""
-        return min(self.rows, problem.n_train)
+        return min(max(self.rows, problem.n_classes), problem.n_train)
 
     def steps(self, problem: Problem, turns: int) -> int:
         """Optimiser steps at most."""
