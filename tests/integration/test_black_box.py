@@ -1,6 +1,8 @@
 """Trials on a real model: what the evaluator answers, keeps and survives, and a whole search."""
 
+import contextlib
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +115,34 @@ def test_a_trial_that_fails_is_a_result_and_the_next_one_runs(world, monkeypatch
     assert evaluator.phases.pieces == 1
     assert evaluator.trial(few(space, 3), name="t", fidelity=HALF, seed=3) == failed
     assert evaluator.trial(few(space, 4), name="t", fidelity=HALF, seed=3).metrics
+
+
+@pytest.mark.parametrize("where", ["attach", "reusing"])
+def test_a_trial_that_fails_before_its_training_is_a_result_too(world, monkeypatch, where):
+    evaluator, space = world
+    names = list(evaluator.model.state_dict())
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA error: out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluator if where == "attach" else evaluator.phases, where, fail)
+        failed = evaluator.trial(few(space, 3), name="t", fidelity=HALF, seed=3)
+    assert "out of memory" in failed.error
+    assert list(evaluator.model.state_dict()) == names
+    assert evaluator.trial(few(space, 4), name="t", fidelity=HALF, seed=3).metrics
+
+
+def test_seconds_of_a_trial_hold_the_states_of_frozen_layers(world, monkeypatch):
+    evaluator, space = world
+
+    @contextlib.contextmanager
+    def slowly(*args):
+        time.sleep(2)
+        yield
+
+    monkeypatch.setattr(evaluator.phases, "reusing", slowly)
+    assert evaluator.trial(few(space, 3), name="t", fidelity=HALF, seed=3).seconds > 2
 
 
 def test_a_metric_that_is_not_finite_is_a_failure(world, monkeypatch):

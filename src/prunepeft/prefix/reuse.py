@@ -87,7 +87,7 @@ class PrefixReuse:
             self._seconds += time.perf_counter() - began
             yield
         finally:
-            self._now = {}
+            self._now, self._seconds = {}, 0.0
 
     def _begin(
         self, net: nn.Module, phases: "Phases", rows: Dataset, epochs: int, name: str

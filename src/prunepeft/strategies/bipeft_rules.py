@@ -180,7 +180,7 @@ def newly_frozen(history: Tensor, frozen: Tensor, kept: Tensor, left: int) -> Te
     """The dimensions after a fire: those that move least are held where they are.
 
     Of the modules not held yet, the share whose best dimension is as at the start of the history,
-    divided by the fires left, is held; all of them in the last fire.
+    divided by the fires left, is held; all of them once no more than one fire is left.
 
     Args:
         history: See `instability`.

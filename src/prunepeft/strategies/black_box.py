@@ -111,7 +111,8 @@ class BlackBox(Strategy):
             if not history.judged():
                 raise StateError(
                     f"all {len(history.trials)} trials failed; the last one with: "
-                    f"{history.trials[-1].error}"
+                    f"{history.trials[-1].error}. A failed trial is not run again when a run "
+                    "resumes: put that right and start it with --overwrite."
                 )
             result.placement = history.judged()[0].placement
         result.history = self._record(problem, history)

@@ -22,7 +22,8 @@ from prunepeft.strategies.shifted_sigmoid import GRADIENTS
 class S3Delta(Strategy):
     """Sparse structure search by gates.
 
-    The length of the search is `Fidelity`. Modules that alone are over the budget take no part.
+    The length of the search is `Fidelity`. A module is kept at its largest size or not at all;
+    those that alone are over the budget take no part.
 
     How the two halves of the data come about: the steps of one training alternate. Steps 1, 3, ...
     train the modules, steps 2, 4, ... the logits, so both never see the same rows in a step, and

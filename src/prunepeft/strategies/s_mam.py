@@ -15,8 +15,8 @@ from torch import Tensor
 from prunepeft.batches import derive_seed
 from prunepeft.errors import BudgetError, ConfigError
 from prunepeft.evaluate import Watched
-from prunepeft.kinds import slot_cost
-from prunepeft.space import Placement
+from prunepeft.kinds import slot_cost, slot_kind
+from prunepeft.space import Placement, Slot
 from prunepeft.strategies.base import Problem, SearchResult, Strategy
 from prunepeft.strategies.first_order import AGGREGATES, FirstOrder
 
@@ -29,8 +29,9 @@ class SMam(Strategy):
 
     A unit is a rank of a module (a row of LoRA's A with its column of B, a unit of a bottleneck),
     or a whole module where its kind has no ranks (a bias vector), or everywhere if the budget
-    counts modules. A module that loses all its ranks goes; no unit ever returns. A round trains for
-    `Fidelity`; its scores are those of its last epoch.
+    counts modules. A module that loses all its ranks goes; no unit ever returns. Modules of which
+    one unit alone is over the budget take no part. A round trains for `Fidelity`; its scores are
+    those of its last epoch.
 
     Attributes:
         rounds: Rounds in which the budget is reached.
@@ -62,11 +63,23 @@ class SMam(Strategy):
         if self.rounds < 1:
             raise ConfigError(f"smam.rounds must be 1 or more; got {self.rounds}.")
 
+    def check(self, problem: Problem) -> None:
+        """See `Strategy.check`: the budget must allow one unit of one module."""
+        costs = _least_costs(problem)
+        smallest = min(costs, key=lambda i: costs[i])
+        if costs[smallest] > problem.limit:
+            raise BudgetError(
+                f"the smallest unit of a module, of {smallest}, costs {costs[smallest]:,} "
+                f"{problem.unit}, but the budget allows {problem.limit:,}. Raise --budget, or "
+                "allow smaller kinds."
+            )
+
     def search(self, problem: Problem) -> SearchResult:
         """See `Strategy.search`. If all candidates fit the budget, nothing is trained."""
-        problem.check()
+        self.check(problem)
         full = problem.space.full()
-        result = SearchResult(full)
+        too_large = [i for i, n in _least_costs(problem).items() if n > problem.limit]
+        result = SearchResult(full.without(set(too_large)))
         result.history = {
             "mode": "smam",
             "space": full.to_dict(),
@@ -74,8 +87,9 @@ class SMam(Strategy):
             "warmup": None,
             "strategy": {},
             "rounds": [],
+            "too_large": too_large,
         }
-        first_cost = problem.cost(full)
+        first_cost = problem.cost(result.placement)
         for number in range(1, self.rounds + 1):
             before = result.placement
             target = self.target(number, first_cost, problem.limit)
@@ -164,6 +178,15 @@ def choose_sizes(
             "allow smaller kinds."
         )
     return kept
+
+
+def _least_costs(problem: Problem) -> dict[str, int]:
+    """Cost of one unit of each slot, with what the slot needs beside its ranks."""
+
+    def least(slot: Slot) -> int:
+        return 1 if problem.unit != "modules" and slot_kind(slot).shrink_axes else slot.sizes[-1]
+
+    return {s.id: slot_cost(s, least(s), problem.unit) for s in problem.space}
 
 
 def _prune(

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def train_briefly(
 
 
 def measure_briefly(
-    net: PeftModel,
+    training: AbstractContextManager[PeftModel],
     phases: Phases,
     target: Target,
     rows: Dataset,
@@ -87,7 +88,14 @@ def measure_briefly(
 ) -> dict[str, Any]:
     """Train and evaluate; what goes wrong because of the placement is told, not raised.
 
-    Arguments as in `train_briefly`.
+    Args:
+        training: Gives the model with modules on it, and is left before an error is judged.
+        phases: How to train.
+        target: What to train towards.
+        rows: Encoded rows.
+        epochs: Passes over them.
+        name: For the progress line.
+        seed: Order and dropout.
 
     Returns:
         `metrics` or `error`, and the cost; a failed training counts all steps it was to take.
@@ -95,8 +103,9 @@ def measure_briefly(
     pieces = phases.pieces, phases.eval_pieces
     began = time.perf_counter()
     try:
-        logs, _ = train_briefly(net, phases, target, rows, epochs, name, seed)
-        found = phases.evaluate(net)
+        with training as net:
+            logs, _ = train_briefly(net, phases, target, rows, epochs, name, seed)
+            found = phases.evaluate(net)
         metrics = {k: v for k, v in found.items() if k != "loss"}
         if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
             raise StateError(f"{bad[0]} became {metrics[bad[0]]}; lower the learning rate.")
@@ -108,7 +117,8 @@ def measure_briefly(
         steps = n_steps(len(rows), phases.settings.batch_size) * epochs
         cost = {"seconds": time.perf_counter() - began, "steps": steps, "rows": len(rows)}
         return {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR], **cost}
-    cost = cost_of(logs, rows) | {"seconds": time.perf_counter() - began}  # measuring costs as well
+    # All of it costs: the states of frozen layers before, measuring after.
+    cost = cost_of(logs, rows) | {"seconds": time.perf_counter() - began}
     return {"metrics": metrics, **cost}
 
 

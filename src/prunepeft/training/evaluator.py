@@ -154,10 +154,10 @@ class TrainerEvaluator:
         key = call_key(self._trial(placement, fidelity, seed))
         rows = rows_at(self.phases, self.target, fidelity, seed)
         first = derive_seed(seed, "trial-init")
-        with self._training(placement, first, rows, fidelity.epochs, name) as net:
-            found = measure_briefly(
-                net, self.phases, self.target, rows, fidelity.epochs, name, seed
-            )
+        training = self._training(placement, first, rows, fidelity.epochs, name)
+        found = measure_briefly(
+            training, self.phases, self.target, rows, fidelity.epochs, name, seed
+        )
         tried = Tried(key=key, **found)
         result = self.keep_trial(placement, tried, fidelity=fidelity, seed=seed)
         metric = self.target.metric
