@@ -10,12 +10,12 @@ import pytest
 
 from prunepeft import run
 from prunepeft.compare import Cell, compare, compare_runs
-from prunepeft.compare.cells import other_length, run_equal
+from prunepeft.compare.cells import more_trials, other_length, run_equal
 from prunepeft.compare.settings import cell_config, with_settings
 from prunepeft.config import load_config
 from prunepeft.errors import ConfigError, DataError, LockedError, StateError, UnknownNameError
-from prunepeft.estimates import planned_steps
-from prunepeft.plan import make_plan
+from prunepeft.estimates import planned_steps, shrinking_steps
+from prunepeft.plan import make_plan, problem_of
 from prunepeft.strategies import METHODS, BlackBox
 from tests.tiny_tokenizer import save_tiny_model
 
@@ -248,6 +248,46 @@ def test_a_method_over_the_allowance_searches_on_fewer_rows(place, finished):
     assert "over by 2.2x" in note
 
 
+def test_a_method_that_cannot_search_on_fewer_rows_says_why(place, finished):
+    own = replace(cells_of(finished[1])["prunepeft", "own", 0], method="adalora", search_steps=12)
+    config = config_of(place, **{"search.epochs": 4})
+    base = cell_config(config, "adalora", 0, place / "cmp")
+    settings, note = other_length(base, own, Cell("other", "own", 0, metric=0.5, train_steps=12))
+    assert settings is None
+    assert "needs 10 optimiser steps" in note
+
+
+@pytest.mark.parametrize(("steps", "initial"), [(9, 5), (5, 2), (4, None)])
+def test_the_random_start_of_autopeft_fits_the_trials_it_gets(place, steps, initial):
+    pytest.importorskip("botorch")
+    given = {"black_box.initial": 5, "black_box.n_trials": 9}
+    base = cell_config(config_of(place, **given), "autopeft", 0, place / "cmp")
+    settings, _ = more_trials(base, steps)
+    assert settings["black_box"]["n_trials"] == steps - 3
+    make_plan(with_settings(base, settings))
+    assert with_settings(base, settings).black_box.initial == initial
+
+
+def test_trials_get_what_the_cutting_of_the_base_leaves(place):
+    bases = [
+        cell_config(config_of(place, **more), "random", 0, place / "cmp")
+        for more in ({}, {"base_ratio": 0.25})
+    ]
+    whole, cut = (more_trials(base, 20)[0]["black_box"]["max_steps"] for base in bases)
+    assert whole - cut == shrinking_steps(make_plan(bases[1])) > 0
+
+
+def test_autopeft_gets_trials_where_only_its_larger_sizes_are_over_the_budget(place):
+    pytest.importorskip("botorch")
+    config = config_of(place, **{"sizes": {}, "kinds": ["lora"], "budget": "9000"})
+    config = with_settings(config, {"space": "default"})
+    base = cell_config(config, "autopeft", 0, place / "cmp")
+    plan = make_plan(base)
+    assert more_trials(base, 20)[0] is not None
+    problem = problem_of(plan, None, None)
+    assert problem.cost(plan.strategy.candidates(problem).full()) > plan.limit
+
+
 def test_weights_of_the_search_are_not_lost_at_equal_cost(place, finished):
     own = cells_of(finished[1])["prunepeft", "own", 0]
     reference = Cell("other", "own", 0, metric=0.5, train_steps=99)
@@ -304,6 +344,12 @@ def test_settings_of_other_methods_do_not_reach_a_method(place, method):
         ({"cost": "fair"}, ConfigError, "own, equal, both"),
         ({"reference": "smam"}, ConfigError, "not among the methods"),
         ({"config": {"smam.rounds": 2}}, ConfigError, "smam.rounds is read by none"),
+        (
+            {"config": {"base_ratio": 0.3}},
+            ConfigError,
+            "lora-all is plain LoRA fitted to",
+        ),
+        ({"seeds": (0, 2**31)}, ConfigError, "whole numbers from 0 to 2147483647"),
         ({"config": {"budget": "3 modules"}}, ConfigError, "number of parameters"),
     ],
 )

@@ -1,5 +1,6 @@
 """AutoPEFT on mock objectives: the layer space, the transform, the loop, and what it finds."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -171,6 +172,15 @@ def test_the_paper_space_has_as_many_vectors_as_it_says():
     assert space.names[-3:] == KINDS
     inner = (1, 0) * 6 + (4, 5, 6)
     assert len(space.neighbours(inner)) == 12 + 3 * 10
+
+
+def test_a_vector_needs_a_layer_and_a_kind_and_every_one_that_has_survives_the_way_back():
+    space = layer_space(make_space(3, 768, 768))
+    vectors = itertools.product(*(range(n) for n in space.n_choices))
+    valid = [v for v in vectors if space.is_valid(v)]
+    assert len(valid) == (2**3 - 1) * (11**3 - 1) == 9_310
+    assert (2**12 - 1) * (11**3 - 1) == 5_446_350  # of the paper's twelve layers
+    assert all(space.encode(space.decode(v)) == v for v in valid)
 
 
 @pytest.mark.parametrize("limit", [NO_LIMIT, 12_000, 900, 128])
@@ -348,6 +358,23 @@ def test_the_trace_is_the_hypervolume_below_a_reference_of_the_first_trials(whol
     assert trace == sorted(trace)
     assert trace[0] > 0
     assert trace[-1] == pytest.approx(hypervolume(points, (x, y)))
+
+
+@needs_botorch
+def test_the_run_of_the_paper_has_its_numbers_of_trials(monkeypatch):
+    """200 trials: 100 random ones, then 25 batches of 4."""
+    seen = []
+
+    def suggest(space, observed, known, reference, n, surrogate, generator):
+        seen.append((len(observed), n, surrogate))
+        return space.draw_new(n, known, generator)
+
+    monkeypatch.setattr(bayesian, "suggest", suggest)
+    monkeypatch.setattr(bayesian, "require", lambda surrogate: None)
+    problem = make_problem(make_space(12, 768, 768))
+    AutoPeft(n_trials=200, initial=100, surrogate="nuts").search(problem)
+    assert len(problem.evaluator.calls) == len(set(problem.evaluator.calls)) == 200
+    assert seen == [(n, 4, "nuts") for n in range(100, 200, 4)]
 
 
 class Stopped(Exception):

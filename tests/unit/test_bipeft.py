@@ -150,9 +150,13 @@ def test_budgets_of_the_paper_are_per_ten_thousand() -> None:
     one, two = (count_base_params(t5_large(n)) for n in (1, 2))
     n_base = one + 23 * (two - one)
     assert n_base == 737_668_096
-    for count, written in ((102_600, 1.391), (25_700, 0.348), (12_825, 0.174), (6_412, 0.087)):
-        assert 1e4 * count / n_base == pytest.approx(written, abs=6e-4)
+    written = {410_400: 5.563, 102_600: 1.391, 25_700: 0.348, 12_825: 0.174, 6_412: 0.087}
+    for count, tenthousandths in written.items():
+        assert 1e4 * count / n_base == pytest.approx(tenthousandths, abs=6e-4)
     assert Budget.parse("0.0139%").limit(n_base) == pytest.approx(102_600, rel=1e-3)
+    # Those of S3Delta, which has the same unit.
+    assert Budget.parse("0.01389%").limit(n_base) == 102_462
+    assert Budget.parse("0.00348%").limit(n_base) == pytest.approx(25_671, abs=1)
 
 
 def test_inventory_of_the_paper() -> None:
@@ -167,6 +171,11 @@ def test_inventory_of_the_paper() -> None:
     assert 24 * (8 + 4 + 4) == 384
     # A bias for every layer and norm, the scales, and both for the two norms after the last layer.
     assert 24 * (len(sites) + 5) + 4 == 532
+    biases = 48 * (4 * 1024 + 4096 + 1024) + (5 * 24 + 2) * 1024
+    scales = (5 * 24 + 2) * 1024
+    for rank, total in ((8, 9_493_504), (1, 1_881_088)):  # of BIPEFT, and of S3Delta's space "M"
+        matrices = sum(slot_cost(s, rank, "parameters") for s in space if s.kind != "lnfit")
+        assert 24 * matrices + biases + scales == total
     kinds = expand_presets(["bipeft-s2"])
     space = make_space(sites, kinds, sizes=dict.fromkeys(kinds, 8))
     found = Counter((s.kind, slot_cost(s, s.sizes[-1], "parameters")) for s in space)

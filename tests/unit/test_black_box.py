@@ -284,6 +284,17 @@ def test_a_rung_has_a_full_batch_and_the_bracket_is_paid_for():
     assert [k for k, _ in SuccessiveHalving(max_steps=300).stages(make_problem())] == [9, 3, 1]
 
 
+def test_rungs_of_many_classes_have_a_row_of_each():
+    """Fewer rows than classes are not taken, so rungs of fewer would not differ."""
+    many = replace(make_problem(), n_classes=77)
+    rungs = SuccessiveHalving(n_trials=27).stages(many)
+    rows = [many.rows(fidelity) for _, fidelity in rungs]
+    assert min(rows) >= 77
+    assert len(set(rows)) == len(rows)
+    assert many.rows(Fidelity(0.001)) == 77
+    assert many.n_steps(Fidelity(0.001)) == 77 // many.batch_size
+
+
 def test_promotions_are_the_best_cheaper_before_dearer_then_earlier():
     result = SuccessiveHalving(n_trials=9).search(make_problem())
     rungs = [[t for t in result.history["trials"] if t["stage"] == k] for k in range(3)]

@@ -41,7 +41,14 @@ def test_paper_space_refuses_what_it_would_ignore(wrong):
 
 @pytest.mark.parametrize(
     ("method", "setting"),
-    [("random", "black_box.eta=5"), ("asha", "black_box.population=7")],
+    [
+        ("random", "black_box.eta=5"),
+        ("asha", "black_box.population=7"),
+        ("random", "search.epochs=2"),
+        ("smam", "search.rounds=10"),
+        ("bipeft", "smam.rounds=7"),
+        ("prunepeft", "black_box.n_trials=3"),
+    ],
 )
 def test_a_setting_that_the_method_does_not_read_is_refused(method: str, setting: str) -> None:
     flags = {"model": "m", "data": "d", "budget": "1%", "method": method}

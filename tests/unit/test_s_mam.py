@@ -341,6 +341,17 @@ def test_budget_schedule_and_nesting(share, unit, rounds, schedule, seed) -> Non
     assert (again.placement, again.history) == (found.placement, found.history)
 
 
+def test_a_budget_of_one_rank_is_met() -> None:
+    """At its largest size no module fits, and a module whose one rank does not fit is left out."""
+    space = make_space(BERT_SITES, ["lora", "serial_adapter"], sizes={"lora": 4})
+    one = min(slot_cost(s, 1, "parameters") for s in space)
+    problem = replace(make_problem(one), space=space)
+    assert min(problem.slot_costs().values()) > one
+    found = SMam(rounds=3).search(problem)
+    assert problem.cost(found.placement) == one
+    assert any("adapter" in i for i in found.history["too_large"])
+
+
 def test_every_round_starts_afresh_and_sees_what_is_left() -> None:
     total = cost(make_problem(1).space.full(), "parameters")
     problem = make_problem(total // 4)

@@ -137,7 +137,8 @@ def more_trials(base: RunConfig, allowance: int) -> tuple[dict[str, Any] | None,
     room -= shrinking_steps(plan)
     if room < 1 or problem.cost(plan.strategy.candidates(problem).full()) <= plan.limit:
         return None, ""
-    most = changed(plan.strategy, n_trials=room, max_steps=room)
+    start = {"initial": None} if hasattr(plan.strategy, "initial") else {}
+    most = changed(plan.strategy, n_trials=room, max_steps=room, **start)
     cheapest = min(problem.n_steps(fidelity) for _, fidelity in most.stages(problem))
     if cheapest > room:
         return None, ""

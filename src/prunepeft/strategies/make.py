@@ -70,7 +70,11 @@ def _check_read(config: RunConfig, method: type[Strategy]) -> None:
     read = reads(method)
     for section, name in changed_settings(config):
         if name not in read.get(section, ()):
-            known = (f"{s}.{key}" for s, keys in sorted(read.items()) for key in sorted(keys))
+            known = (
+                f"{s}.{key}"
+                for s, keys in sorted(read.items())
+                for key in sorted(keys & type(getattr(config, s)).model_fields.keys())
+            )
             raise ConfigError(
                 f"method {config.method} does not read {section}.{name}; leave it out (it reads "
                 f"{', '.join(known)})."

@@ -176,7 +176,8 @@ class TrainerEvaluator:
         """Keep the result of a trial, wherever it was run.
 
         Raises:
-            StateError: if it was run on another model, other data or other settings.
+            StateError: if it was run with another model (by its path or hub id), other data or
+                other settings. Other weights at the same path are not noticed.
         """
         call = self._trial(placement, fidelity, seed)
         key = call_key(call)
