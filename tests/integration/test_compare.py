@@ -349,6 +349,11 @@ def test_settings_of_other_methods_do_not_reach_a_method(place, method):
             ConfigError,
             "lora-all is plain LoRA fitted to",
         ),
+        (
+            {"config": {"strategy": "s.json"}, "methods": ("random", "smam")},
+            ConfigError,
+            "read by none",
+        ),
         ({"seeds": (0, 2**31)}, ConfigError, "whole numbers from 0 to 2147483647"),
         ({"config": {"budget": "3 modules"}}, ConfigError, "number of parameters"),
     ],
@@ -360,6 +365,22 @@ def test_mistakes_are_said_before_any_training(place, tmp_path, monkeypatch, cha
     with pytest.raises(error, match=text):
         compare(config_of(place, **more), **call, output=tmp_path / "cmp")
     assert not list(tmp_path.glob("cmp/runs/*"))
+
+
+def test_a_dry_run_refuses_what_the_comparison_would(place, tmp_path):
+    config = config_of(place, budget="3 modules")
+    with pytest.raises(ConfigError, match="number of parameters"):
+        compare(config, METHODS_COMPARED, SEEDS, output=tmp_path / "cmp", dry_run=True)
+
+
+def test_a_search_by_trials_on_a_base_that_is_cut_is_repeated_without_settings_it_does_not_read(
+    place,
+):
+    config = config_of(place, base_ratio=0.25)
+    base = cell_config(config, "random", 0, place / "cmp")
+    own = Cell("random", "own", 0, metric=0.5, epochs=1, search_steps=2, train_steps=3)
+    settings, _ = other_length(base, own, Cell("other", "own", 0, metric=0.5, train_steps=20))
+    make_plan(with_settings(base, settings))
 
 
 def test_a_backend_goes_to_the_methods_with_trials(place, tmp_path):

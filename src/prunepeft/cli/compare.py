@@ -65,7 +65,8 @@ def compare(
         str | None, typer.Option(help="own, equal (compute) or both; default both.")
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Method to compare with; default prunepeft.")
+        str | None,
+        typer.Option(help="Method to compare with; default prunepeft, else the first search."),
     ] = None,
     model: Model = None,
     data: Data = None,

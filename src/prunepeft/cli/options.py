@@ -44,7 +44,8 @@ PrefixCache = Annotated[
 ]
 Backend = Annotated[str | None, typer.Option(help="serial, process or ray.", rich_help_panel=_RUN)]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the run folder.", rich_help_panel=_RUN)
+    bool,
+    typer.Option("--overwrite", help="Start anew and replace all.", rich_help_panel=_RUN),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only say what would run.", rich_help_panel=_RUN)

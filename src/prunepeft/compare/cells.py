@@ -121,7 +121,9 @@ def other_length(base: RunConfig, own: Cell, reference: Cell) -> tuple[dict[str,
 def _as_long(plan: Plan) -> dict[str, Any]:
     """What keeps a search that is repeated as long as it was, though its training grows."""
     problem = problem_of(plan, None, None)
-    fixed: dict[str, Any] = {"fidelity": problem.fidelity.data}
+    fixed: dict[str, Any] = {}
+    if "fidelity" in plan.strategy.reads_search:
+        fixed["fidelity"] = problem.fidelity.data
     if isinstance(plan.strategy, HybridPruning):
         fixed["warmup_turns"] = plan.strategy.warm_up.n_turns(problem)
     return fixed

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from prunepeft.compare.comparison import Cell
-from prunepeft.compare.settings import PLAIN, changed_settings, is_black_box, reads
+from prunepeft.compare.settings import (
+    PLAIN,
+    changed_settings,
+    is_black_box,
+    reads,
+    reads_strategy,
+)
 from prunepeft.config import RunConfig
 from prunepeft.config.fields import LAST_SEED
 from prunepeft.errors import ConfigError, UnknownNameError
@@ -66,6 +72,11 @@ def check_settings(config: RunConfig, methods: Sequence[str]) -> None:
         raise ConfigError(
             f"backend={config.backend} runs trials side by side, and none of the methods "
             f"{', '.join(methods)} has any; leave it out, or add a black-box method such as random."
+        )
+    if config.strategy is not None and not any(reads_strategy(method) for method in methods):
+        raise ConfigError(
+            f"strategy={config.strategy} is read by none of the methods {', '.join(methods)}; "
+            "leave it out."
         )
     for section, name in changed_settings(config):
         if not any(name in reads(method).get(section, ()) for method in methods):

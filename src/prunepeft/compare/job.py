@@ -74,11 +74,11 @@ def compare(
     check_settings(config, methods)
     check_place(config, output, reference, resume, overwrite)
     check_sources(config, output)
-    if dry_run:
-        return planned(config, methods, seeds, cost, output, reference)
     for method in methods:
         first = cell_config(config, method, seeds[0], output)
         plain_placement(first, method, seeds[0]) if method in PLAIN else make_plan(first)
+    if dry_run:
+        return planned(config, methods, seeds, cost, output, reference)
     join(check_device(config.device))
     with _working_in(output, settings_of(config, reference)):
         how = {"overwrite": overwrite, "command": command, "progress": progress}

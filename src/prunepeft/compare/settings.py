@@ -46,7 +46,7 @@ def cell_config(config: RunConfig, method: str, seed: int, output: Path) -> RunC
         settings |= NO_TRIALS
     if method in PLAIN:
         settings |= {"arch": str(placement_file(output, method)), "strategy": None}
-    elif "strategy" not in {f.name for f in fields(METHODS.get(method))}:
+    elif not reads_strategy(method):
         settings["strategy"] = None
     if method not in PLAIN and METHODS.get(method).cuts_base:
         defaults = type(config.base)().model_dump()
@@ -57,6 +57,11 @@ def cell_config(config: RunConfig, method: str, seed: int, output: Path) -> RunC
             default = field.get_default(call_default_factory=True)
             settings.setdefault(section, {})[name] = default
     return with_settings(config, settings)
+
+
+def reads_strategy(method: str) -> bool:
+    """Whether the method can use the assignment of criteria of another run."""
+    return method not in PLAIN and "strategy" in {f.name for f in fields(METHODS.get(method))}
 
 
 def reads(method: str) -> Mapping[str, set[str]]:

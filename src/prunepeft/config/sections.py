@@ -82,7 +82,8 @@ class SearchSettings(Section):
     warmup_rows: Count = about(100, "rows of the warm-up, stratified by label")
     warmup_epochs: Count = about(3, "passes per warm-up turn")
     warmup_turns: Count | None = about(
-        None, "warm-up turns per criterion; null: 3, or fewer if they take 0.1 of the training"
+        None,
+        "warm-up turns; null: as many of 3 as take a tenth of the training's steps, or 1",
     )
     settle: FullShare | None = about(
         None, "end a round when rankings agree this well with those at half its steps, e.g. 0.9"

@@ -29,7 +29,8 @@ _START: dict[str, dict[str, str]] = {
         "data": "images",
     },
 }
-_SHOWN = ("model", "data", "budget", "task", "columns", "kinds", "output", "seed", "baseline")
+_SHOWN = ("model", "data", "budget", "task", "columns", "kinds", "seed", "baseline")
+_SHOWN += ("train.epochs", "train.lr")
 
 
 def config_schema() -> dict[str, Any]:
@@ -49,7 +50,6 @@ def template(task: str) -> str:
         "model": "path/or/hub-id",
         "budget": "0.5%",
         "task": check_name("task", task),
-        "output": "runs/first",
         "baseline": "lora",
         **_START.get(task, {"data": "train.jsonl"}),
     }
@@ -75,7 +75,7 @@ def _lines(model: type[BaseModel], prefix: str, start: dict[str, str]) -> list[s
             lines += ["", f"# {name}:" if is_empty else f"{name}:", *group]
             continue
         key = prefix + name
-        is_set = key in start or key in _SHOWN or (prefix and name in ("epochs", "lr", "rounds"))
+        is_set = key in start or key in _SHOWN
         value = start.get(key, _text(field))
         is_set = is_set and value != "null"
         entry = f"{indent}{'' if is_set else '# '}{name}: {value}"

@@ -34,6 +34,7 @@ class Eva(BatchAllocator):
     """
 
     name: ClassVar[str] = "eva"
+    reads_search: ClassVar[frozenset[str]] = frozenset({"fidelity"})
 
     tau: float = 0.99
 

@@ -35,6 +35,7 @@ class KappaTune(ModuleChoice):
     """
 
     name: ClassVar[str] = "kappatune"
+    reads_search: ClassVar[frozenset[str]] = frozenset()
 
     def probe(self, problem: Problem, slots: Sequence[Slot], rank: float) -> "ConditionNumbers":
         """See `Allocator.probe`."""
