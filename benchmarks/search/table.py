@@ -1,11 +1,13 @@
 """The tables of searches for docs/benchmarks.md."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import yaml
+from scipy.stats import friedmanchisquare, rankdata
 
 from benchmarks.search.run import TUNED, cell_name, methods_of
 from prunepeft.compare import Cell, make_comparison
@@ -19,8 +21,9 @@ def search_tables(here: Path = HERE) -> list[str]:
     """The section, empty without results."""
     suite = yaml.safe_load((here / "suite.yaml").read_text("utf-8"))
     lines: list[str] = []
+    every: dict[str, list[dict[str, Any]]] = {}
     for task, settings in suite["tasks"].items():
-        found = _read(here / "results", task, suite)
+        every[task] = found = _read(here / "results", task, suite)
         cells = [Cell.from_dict(result) for result in found]
         if not any(cell.metric is not None for cell in cells):
             continue
@@ -42,7 +45,55 @@ def search_tables(here: Path = HERE) -> list[str]:
     rows = (f"{settings['rows']:,} ({task})" for task, settings in suite["tasks"].items())
     words["rows"] = ", ".join(rows)
     about = (here / "about.md").read_text("utf-8").format(**words).rstrip()
-    return ["", about, "", *lines] if lines else []
+    return ["", about, "", *_ranks(every, suite), *lines] if lines else []
+
+
+def _ranks(every: dict[str, list[dict[str, Any]]], suite: dict[str, Any]) -> list[str]:
+    """Mean rank of each method over all tasks and seeds in which every method has a result."""
+    columns: dict[str, dict[str, float]] = {}
+    notes = []
+    for cost, title in TITLES.items():
+        methods = methods_of(suite, cost)
+        blocks = [_block(every[t], cost, s, methods) for t in every for s in suite["seeds"]]
+        signs = [
+            1 if METRICS.get(suite["tasks"][t]["metric"]).greater_is_better else -1
+            for t in every
+            for _ in suite["seeds"]
+        ]
+        whole = [[s * v for v in b] for b, s in zip(blocks, signs, strict=True) if b is not None]
+        if len(whole) < 2:
+            return []
+        ranks = [rankdata([-value for value in block]) for block in whole]
+        columns[title] = {m: fmean(r[i] for r in ranks) for i, m in enumerate(methods)}
+        p = friedmanchisquare(*zip(*whole, strict=True)).pvalue
+        notes.append(f"{title}: {len(methods)} methods, {len(whole)} pairs, p = {p:.2g}")
+    works = [_work(found, "own") for found in every.values()]
+    rows = []
+    for method in sorted(columns[TITLES["own"]], key=columns[TITLES["own"]].__getitem__):
+        ratios = [float(work[method]) for work in works if method in work]
+        cells = [f"{c[method]:.1f}" if method in c else "-" for c in columns.values()]
+        rows.append(f"| {method} | {' | '.join(cells)} | {fmean(ratios):.2f} |")
+    return [
+        "### All tasks: mean rank",
+        "",
+        "1 is the best, over pairs of task and seed; the work is that at own cost.",
+        "",
+        f"| method | {' | '.join(columns)} | work |",
+        "|---|" + "---|" * (len(columns) + 1),
+        *rows,
+        "",
+        f"Friedman's test, whether methods differ at all: {'; '.join(notes)}.",
+        "",
+    ]
+
+
+def _block(
+    found: list[dict[str, Any]], cost: str, seed: int, methods: Sequence[str]
+) -> list[float] | None:
+    """Metrics of all methods with one seed; None if one is missing."""
+    values = {r["method"]: r["metric"] for r in found if (r["cost"], r["seed"]) == (cost, seed)}
+    block = [values.get(m) for m in methods]
+    return None if None in block else block
 
 
 def _read(folder: Path, task: str, suite: dict[str, Any]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def score(net, *, steps: int = 1, pieces=(0,), **given) -> dict[str, Tensor]:
 
 
 def test_scores_by_hand() -> None:
-    net = make_net(kinds=("lora", "bitfit"))
+    net = make_net(kinds=("lora", "bitfit", "prefix"))
     found = {how: score(net, aggregate=how) for how in ("mean", "sum", "signed")}
     loss_of(net, tiny_inputs("bert", net, seed=0)).backward()
     for slot_id, layers in slot_layers(net).items():
@@ -69,6 +69,8 @@ def test_scores_by_hand() -> None:
             if kind == "lora":
                 both = {n: (p * p.grad).detach() for n, p in params.items()}
                 terms.append(torch.cat([both["A"], both["B"].T], 1))  # (r, d_in + d_out)
+            elif kind == "prefix":
+                terms += [(p * p.grad).detach() for p in params.values()]  # (r, d_kv) each
             else:
                 terms.append((params["db"] * params["db"].grad).detach()[None])
         terms = torch.cat(terms, 1)

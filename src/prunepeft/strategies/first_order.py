@@ -28,7 +28,7 @@ class FirstOrder:
 
         mean      sum of |t_i| / number of weights
         sum       sum of |t_i|
-        signed    |sum of t_i| / number of matrices at one site
+        signed    |sum of t_i| / number of factors, the matrices at one site
 
     The first-order change of the loss for the whole unit is |sum of t_i|; |t_i| do not cancel. The
     terms of A and of B of a LoRA rank have one sum, which `signed` would count twice without the
@@ -135,9 +135,10 @@ class FirstOrder:
         if self.config["aggregate"] == "sum":
             return 1
         if self.config["aggregate"] == "signed":
-            return max(
-                1, sum(w.ndim > 1 for w, *_ in parts) // len(slot_layers(self._net)[slot_id])
-            )
+            layers = slot_layers(self._net)[slot_id]
+            if any("attention" in la.branches[ADAPTER][k].stages for la, k in layers):
+                return 1  # keys and values are not factors of one product
+            return max(1, sum(w.ndim > 1 for w, *_ in parts) // len(layers))
         return sum(_rows(w, axis).shape[1] for w, axis, _ in parts)
 
     def _find_units(self) -> dict[str, list[Part]]:
