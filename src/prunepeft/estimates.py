@@ -99,7 +99,7 @@ def shrinking_steps(plan: Plan) -> int:
     if not plan.groups or plan.strategy.cuts_base:
         return 0
     n = len(plan.splits.train)
-    rows = min(n, max(round(config.base.fidelity * n), plan.n_classes))
+    rows = min(n, max(round(config.base.fidelity * n), plan.splits.n_classes))
     return config.base.epochs * n_steps(rows, config.train.batch_size)
 
 

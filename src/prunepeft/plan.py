@@ -57,7 +57,6 @@ class Plan:
         n_tokens: Tokens of the longest row, for estimates.
         groups: What may be cut from the base model; empty if it stays whole.
         storage: How the base model is quantised; None if it is not.
-        n_classes: Classes among the training rows; 1 if there are none.
     """
 
     config: RunConfig
@@ -75,7 +74,6 @@ class Plan:
     n_tokens: int
     groups: tuple[Group, ...] = ()
     storage: Storage | None = None
-    n_classes: int = 1
 
     @property
     def base_ratios(self) -> dict[str, float]:
@@ -164,7 +162,6 @@ def make_plan(config: RunConfig) -> Plan:
         n_tokens=task.count_tokens(model.config, config.train.max_length),
         groups=plan_groups(config, model, cuts_base=method.cuts_base),
         storage=plan_storage(config, model, task.head_modules(model)),
-        n_classes=1 if splits.labels is None else len(set(splits.train[splits.columns["label"]])),
     )
     _check_budget(plan, model)
     return plan
@@ -222,7 +219,7 @@ def problem_of(
         batch_size=train.batch_size,
         backend=backend or Serial(),
         train_steps=train.epochs * n_steps(len(plan.splits.train), train.batch_size),
-        n_classes=plan.n_classes,
+        n_classes=plan.splits.n_classes,
     )
     if search.fidelity is not None:
         return problem

@@ -23,16 +23,18 @@ SETTINGS = {
     "budget": "1200",
     "kinds": "lora,serial_adapter",
     "device": "cpu",
+    "train.epochs": 1,
+    "train.lr": 5e-3,
+    "train.batch_size": 8,
+}
+ROUNDS = {
     "search.rounds": 2,
     "search.warmup_turns": 1,
     "search.warmup_rows": 8,
     "search.warmup_epochs": 1,
     "search.reinit": "keep",
-    "train.epochs": 1,
-    "train.lr": 5e-3,
-    "train.batch_size": 8,
 }
-BRIEF = {"smam.rounds": 2, "search.epochs": 2}
+OWN = {"smam": {"smam.rounds": 2, "search.epochs": 2}, "eva": {}}
 WATCHERS = {  # method -> what it scores modules by
     "smam": "first_order",
     "s3delta": "gate",
@@ -111,8 +113,9 @@ def test_two_processes_take_the_steps_of_one(model, data, tmp_path):
 
 def test_the_command_finds_the_same_placement(model, data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    run.search(load_config(None, (), SETTINGS | _io(model, data, one)))
-    flags = [f"{key}={value}" for key, value in (SETTINGS | _io(model, data, two)).items()]
+    settings = SETTINGS | ROUNDS
+    run.search(load_config(None, (), settings | _io(model, data, one)))
+    flags = [f"{key}={value}" for key, value in (settings | _io(model, data, two)).items()]
     done = two_processes("-m", "prunepeft", "search", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (two / "best/arch.json").read_bytes() == (one / "best/arch.json").read_bytes()
@@ -132,7 +135,9 @@ def test_the_command_finds_the_same_placement(model, data, tmp_path):
 
 def test_watchers_see_whole_steps_and_parameters_of_all_processes(model, data, tmp_path):
     settings = [
-        SETTINGS | _io(model, data, tmp_path / method) | {"method": method, **BRIEF}
+        SETTINGS
+        | _io(model, data, tmp_path / method)
+        | {"method": method, **OWN.get(method, {"search.epochs": 2})}
         for method in WATCHERS
     ]
     (tmp_path / "settings.json").write_text(json.dumps(settings))

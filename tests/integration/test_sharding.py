@@ -22,17 +22,21 @@ SETTINGS = {
     "budget": "1200",
     "kinds": "lora,serial_adapter,dora",
     "device": "cpu",
-    "search.rounds": 2,
-    "search.warmup": False,
-    "search.reinit": "keep",
     "train.epochs": 2,
     "train.lr": 5e-3,
     "train.batch_size": 8,
 }
+ROUNDS = {"search.rounds": 2, "search.warmup": False, "search.reinit": "keep"}
 # What is searched, on which model; each says one more thing about passes over the base model.
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert": ("bert", {"search.warmup": True, "search.warmup_rows": 16, "search.warmup_epochs": 1}),
-    "llama": ("llama", {"train.gradient_checkpointing": True, "train.gradient_accumulation": 2}),
+    "bert": (
+        "bert",
+        ROUNDS | {"search.warmup": True, "search.warmup_rows": 16, "search.warmup_epochs": 1},
+    ),
+    "llama": (
+        "llama",
+        ROUNDS | {"train.gradient_checkpointing": True, "train.gradient_accumulation": 2},
+    ),
     "kappatune": ("llama", {"method": "kappatune", "kinds": "lora"}),
     "lora_drop": ("bert", {"method": "lora_drop", "kinds": "lora", "ist": True, "ist.every": 2}),
     "cache": ("llama", {"method": "random", "black_box.n_trials": 2, "train.epochs": 1}),

@@ -19,7 +19,8 @@ from prunepeft.kinds import cost, count_params, slot_kind
 from prunepeft.pareto import front, hypervolume
 from prunepeft.space import Placement, SearchSpace, Site, Slot
 from prunepeft.strategies import AutoPeft, Problem, RandomSearch, bayesian
-from prunepeft.strategies.bayesian import Copula, climb
+from prunepeft.strategies.bayesian import climb
+from prunepeft.strategies.copula import Copula
 from prunepeft.strategies.layer_space import LayerSpace, widened
 from prunepeft.strategies.make import make_strategy
 

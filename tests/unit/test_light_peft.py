@@ -375,8 +375,8 @@ def test_criteria_of_partitions_say_nothing_here(tmp_path) -> None:
 
 
 def test_the_estimate_is_one_training() -> None:
-    settings = config(method="light-peft", search={"epochs": 2, "mode": "none"})
-    rows = SimpleNamespace(train=range(160))
+    settings = config(method="light-peft", search={"epochs": 2})
+    rows = SimpleNamespace(train=range(160), n_classes=1)
     asked = {"space": None, "limit": 1, "groups": (), "metric": "accuracy"}
     asked |= {"given": None, "budget": SimpleNamespace(unit="parameters")}
     plan = SimpleNamespace(config=settings, strategy=make_strategy(settings), splits=rows, **asked)

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from prunepeft.errors import ConfigError
@@ -51,6 +52,11 @@ class Splits:
     source: str
     fingerprint: str
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def n_classes(self) -> int:
+        """Classes among the training rows; 1 if there are none."""
+        return 1 if self.labels is None else len(set(self.train[self.columns["label"]]))
 
 
 def stratified_order(labels: Sequence[Any], seed: int) -> list[int]:

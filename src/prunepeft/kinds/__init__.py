@@ -8,7 +8,6 @@ from prunepeft.kinds.base import (
     count_params,
     make_kind,
     n_params,
-    off_neutral,
     seeded,
     slot_cost,
     slot_kind,
@@ -22,6 +21,7 @@ from prunepeft.kinds.lora import Lora
 from prunepeft.kinds.loretta_adp import LorettaAdp
 from prunepeft.kinds.loretta_rep import LorettaRep
 from prunepeft.kinds.low_rank_adapter import LowRankAdapter
+from prunepeft.kinds.neutral import off_neutral
 from prunepeft.kinds.parallel_adapter import ParallelAdapter
 from prunepeft.kinds.prefix import Prefix
 from prunepeft.kinds.serial_adapter import SerialAdapter

@@ -236,13 +236,6 @@ def slot_kind(slot: Slot) -> Kind:
     return make_kind(slot.kind, slot.options)
 
 
-def off_neutral(weight: Tensor, neutral: Tensor | float) -> Tensor:
-    """How far a tensor is from its neutral value, see `Kind.neutral`."""
-    if isinstance(neutral, Tensor):
-        return weight - neutral.to(weight)
-    return weight - neutral if neutral else weight
-
-
 def n_params(slot: Slot, size: int) -> int:
     """Trainable parameters of a slot at this size, over all its tied sites."""
     kind = slot_kind(slot)

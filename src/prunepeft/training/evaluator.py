@@ -176,8 +176,7 @@ class TrainerEvaluator:
         """Keep the result of a trial, wherever it was run.
 
         Raises:
-            StateError: if it was run with another model (by its path or hub id), other data or
-                other settings. Other weights at the same path are not noticed.
+            StateError: if model (its path or hub id, not its weights), data or settings differ.
         """
         call = self._trial(placement, fidelity, seed)
         key = call_key(call)
