@@ -54,25 +54,21 @@ def _ranks(every: dict[str, list[dict[str, Any]]], suite: dict[str, Any]) -> lis
     notes = []
     for cost, title in TITLES.items():
         methods = methods_of(suite, cost)
-        blocks = [_block(every[t], cost, s, methods) for t in every for s in suite["seeds"]]
-        signs = [
-            1 if METRICS.get(suite["tasks"][t]["metric"]).greater_is_better else -1
-            for t in every
-            for _ in suite["seeds"]
-        ]
-        whole = [[s * v for v in b] for b, s in zip(blocks, signs, strict=True) if b is not None]
-        if len(whole) < 2:
+        blocks = _blocks(every, suite, cost, methods)
+        if len(blocks) < 2:
             return []
-        ranks = [rankdata([-value for value in block]) for block in whole]
+        ranks = [rankdata([-value for value in block]) for block in blocks]
         columns[title] = {m: fmean(r[i] for r in ranks) for i, m in enumerate(methods)}
-        p = friedmanchisquare(*zip(*whole, strict=True)).pvalue
-        notes.append(f"{title}: {len(methods)} methods, {len(whole)} pairs, p = {p:.2g}")
+        p = friedmanchisquare(*zip(*blocks, strict=True)).pvalue
+        notes.append(f"{title}: {len(methods)} methods, {len(blocks)} pairs, p = {p:.2g}")
     works = [_work(found, "own") for found in every.values()]
-    rows = []
-    for method in sorted(columns[TITLES["own"]], key=columns[TITLES["own"]].__getitem__):
-        ratios = [float(work[method]) for work in works if method in work]
-        cells = [f"{c[method]:.1f}" if method in c else "-" for c in columns.values()]
-        rows.append(f"| {method} | {' | '.join(cells)} | {fmean(ratios):.2f} |")
+    own = columns[TITLES["own"]]
+    rows = [
+        f"| {method} "
+        + "".join(f"| {c[method]:.1f} " if method in c else "| - " for c in columns.values())
+        + f"| {fmean(float(w[method]) for w in works):.2f} |"
+        for method in sorted(own, key=own.__getitem__)
+    ]
     return [
         "### All tasks: mean rank",
         "",
@@ -87,13 +83,19 @@ def _ranks(every: dict[str, list[dict[str, Any]]], suite: dict[str, Any]) -> lis
     ]
 
 
-def _block(
-    found: list[dict[str, Any]], cost: str, seed: int, methods: Sequence[str]
-) -> list[float] | None:
-    """Metrics of all methods with one seed; None if one is missing."""
-    values = {r["method"]: r["metric"] for r in found if (r["cost"], r["seed"]) == (cost, seed)}
-    block = [values.get(m) for m in methods]
-    return None if None in block else block
+def _blocks(
+    every: dict[str, list[dict[str, Any]]], suite: dict[str, Any], cost: str, methods: Sequence[str]
+) -> list[list[float]]:
+    """Metrics of all methods, better when larger, for each task and seed that has them all."""
+    blocks = []
+    for task, found in every.items():
+        sign = 1 if METRICS.get(suite["tasks"][task]["metric"]).greater_is_better else -1
+        for seed in suite["seeds"]:
+            here = [r for r in found if (r["cost"], r["seed"]) == (cost, seed)]
+            values = {r["method"]: sign * r["metric"] for r in here if r["metric"] is not None}
+            if all(method in values for method in methods):
+                blocks.append([values[method] for method in methods])
+    return blocks
 
 
 def _read(folder: Path, task: str, suite: dict[str, Any]) -> list[dict[str, Any]]:

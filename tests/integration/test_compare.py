@@ -279,13 +279,57 @@ def test_trials_get_what_the_cutting_of_the_base_leaves(place):
 
 def test_autopeft_gets_trials_where_only_its_larger_sizes_are_over_the_budget(place):
     pytest.importorskip("botorch")
-    config = config_of(place, **{"sizes": {}, "kinds": ["lora"], "budget": "9000"})
-    config = with_settings(config, {"space": "default"})
-    base = cell_config(config, "autopeft", 0, place / "cmp")
+    given = {"sizes.lora": [1], "kinds": ["lora"], "budget": "5000"}
+    base = cell_config(config_of(place, **given), "autopeft", 0, place)
     plan = make_plan(base)
-    assert more_trials(base, 20)[0] is not None
     problem = problem_of(plan, None, None)
+    assert problem.cost(plan.space.full()) <= plan.limit
     assert problem.cost(plan.strategy.candidates(problem).full()) > plan.limit
+    assert more_trials(base, 20)[0] is not None
+
+
+def test_what_was_searched_before_stays_in_the_record_of_a_longer_training(place, monkeypatch):
+    trained = Cell("smam", "equal", 0, metric=0.6, peak_memory_bytes=5, train_steps=9)
+    monkeypatch.setattr("prunepeft.compare.cells._run", lambda *a, **how: trained)
+    own = Cell(
+        "smam",
+        "own",
+        0,
+        run=str(place / "cmp" / "runs" / "smam-own-0"),
+        metric=0.5,
+        epochs=1,
+        search_steps=2,
+        train_steps=3,
+        search_seconds=4.0,
+        peak_memory_bytes=7,
+        trace=((2, 100.0, 0.5),),
+    )
+    reference = Cell("prunepeft", "own", 0, metric=0.5, train_steps=20)
+    cell = run_equal(config_of(place), own, reference, place / "cmp")
+    assert (cell.metric, cell.train_steps) == (0.6, 9)
+    assert (cell.search_steps, cell.search_seconds) == (2, 4.0)
+    assert (cell.peak_memory_bytes, cell.trace) == (7, own.trace)
+
+
+def test_settings_of_the_cutting_of_the_base_reach_only_the_methods_that_are_told_of_it(place):
+    config = config_of(place, **{"base_ratio": 0.25, "base.epochs": 4, "base.method": "loraprune"})
+    bases = {m: cell_config(config, m, 0, place).base for m in ("prunepeft", "light-peft")}
+    assert (bases["prunepeft"].epochs, bases["prunepeft"].method) == (4, "loraprune")
+    assert bases["light-peft"] == type(config.base)()
+
+
+def test_planned_steps_of_a_task_with_many_classes_are_the_real_ones(place, tmp_path):
+    """A twentieth of the rows is 4, but 20 classes have a row each: two steps a trial."""
+    data = tmp_path / "many.jsonl"
+    rows = [{"text": f"w{i % 20} w{20 + i % 7}", "label": f"c{i % 20}"} for i in range(80)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"black_box.fidelity": 0.05, "train.batch_size": 8, "data": str(data)}
+    config = cell_config(config_of(place, **given), "random", 0, tmp_path)
+    assert make_plan(config).splits.n_classes == 20
+    planned = run.check(config)["search"]["steps"]
+    run.search(config)
+    found = json.loads((Path(config.output) / "result.json").read_text())["search"]["steps"]
+    assert planned == found == 2 * (20 // 8)
 
 
 def test_weights_of_the_search_are_not_lost_at_equal_cost(place, finished):

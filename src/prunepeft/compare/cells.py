@@ -156,6 +156,8 @@ def _fewer_rows(plan: Plan, own: Cell, allowance: int) -> tuple[dict[str, Any] |
     section = METHODS.get(plan.config.method).section
     if "fidelity" not in type(getattr(plan.config, section)).model_fields:
         section = "search"
+    if section == "search" and "fidelity" not in plan.strategy.reads_search:
+        return None, f"sees no rows; the run at own cost stands, over by {_over(own, allowance)}"
     n, batch = len(plan.splits.train), plan.config.train.batch_size
     before = getattr(plan.config, section).fidelity or problem_of(plan, None, None).fidelity.data
 

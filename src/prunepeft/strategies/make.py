@@ -18,8 +18,7 @@ def make_strategy(config: RunConfig) -> Strategy:
     method = METHODS.get(config.method)
     known = {field.name for field in fields(method)}
     section = getattr(config, method.section).model_dump(include=known)
-    if config.arch is None:
-        _check_read(config, method)
+    _check_read(config, method)
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
     if config.strategy:
         data = read_json(Path(config.strategy))
@@ -52,11 +51,11 @@ def changed_settings(config: RunConfig) -> list[tuple[str, str]]:
         (section, name)
         for section in type(config).model_fields
         if section in sections
-        for name in changed_keys(getattr(config, section))
+        for name in _changed_keys(getattr(config, section))
     ]
 
 
-def changed_keys(section: BaseModel) -> list[str]:
+def _changed_keys(section: BaseModel) -> list[str]:
     """Keys of a section that are not the default."""
     return [
         name
